@@ -1,0 +1,75 @@
+"""Correct stale target embeddings instead of re-encoding them.
+
+Target corrector networks (arXiv 2409.01890) move cached embeddings to where the current encoder would put them.
+Names are imported when they are first used, so that ``import hf_corrector`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_corrector.version import __version__
+
+if TYPE_CHECKING:
+    from hf_corrector.cache.target_cache import TargetCache
+    from hf_corrector.data.datasets import RetrievalData, from_pairs, load_retrieval_data
+    from hf_corrector.data.stdlib import standard_library_data
+    from hf_corrector.encoding import EncodeOptions, build_cache
+    from hf_corrector.evaluation.staleness import measure_staleness
+    from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderConfig, DualEncoderModel
+    from hf_corrector.records import EncoderFingerprint, RunRecord
+    from hf_corrector.training.arguments import DualEncoderTrainingArguments
+    from hf_corrector.training.corrector_trainer import fit_corrector
+    from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
+
+_HOMES = {
+    "load_retrieval_data": "hf_corrector.data.datasets",
+    "from_pairs": "hf_corrector.data.datasets",
+    "RetrievalData": "hf_corrector.data.datasets",
+    "standard_library_data": "hf_corrector.data.stdlib",
+    "DualEncoderConfig": "hf_corrector.models",
+    "DualEncoderModel": "hf_corrector.models",
+    "CorrectorConfig": "hf_corrector.models",
+    "CorrectorModel": "hf_corrector.models",
+    "TargetCache": "hf_corrector.cache.target_cache",
+    "EncodeOptions": "hf_corrector.encoding",
+    "build_cache": "hf_corrector.encoding",
+    "fit_corrector": "hf_corrector.training.corrector_trainer",
+    "DualEncoderTrainingArguments": "hf_corrector.training.arguments",
+    "DualEncoderTrainer": "hf_corrector.training.dual_encoder_trainer",
+    "measure_staleness": "hf_corrector.evaluation.staleness",
+    "EncoderFingerprint": "hf_corrector.records",
+    "RunRecord": "hf_corrector.records",
+}
+
+__all__ = [
+    "load_retrieval_data",
+    "from_pairs",
+    "RetrievalData",
+    "standard_library_data",
+    "DualEncoderConfig",
+    "DualEncoderModel",
+    "CorrectorConfig",
+    "CorrectorModel",
+    "TargetCache",
+    "EncodeOptions",
+    "build_cache",
+    "fit_corrector",
+    "DualEncoderTrainingArguments",
+    "DualEncoderTrainer",
+    "measure_staleness",
+    "EncoderFingerprint",
+    "RunRecord",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_corrector' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

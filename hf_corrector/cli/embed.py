@@ -1,0 +1,56 @@
+"""``hf-corrector embed``: encode a corpus into a cache."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from hf_corrector.cli.common import (
+    DTYPES,
+    add_data_argument,
+    add_model_arguments,
+    load_data,
+    load_model,
+    parser,
+    plain_arguments,
+    quieten,
+)
+from hf_corrector.encoding import DEFAULT_SHARD_ROWS, EncodeOptions, build_cache
+from hf_corrector.records import RunRecord
+
+EXAMPLES = """\
+  hf-corrector embed --data my_beir_folder --model intfloat/e5-base-v2 --output_dir cache
+  hf-corrector embed --output_dir cache --compute_dtype bfloat16    # standard library, MiniLM
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Run the command."""
+    flags = parser(
+        "embed", "Encode a corpus into a cache. A build that was killed is taken up where it stopped.", EXAMPLES
+    )
+    add_data_argument(flags)
+    add_model_arguments(flags)
+    flags.add_argument("--output_dir", required=True, metavar="CACHE", help="folder of the cache")
+    flags.add_argument("--cache_dtype", choices=DTYPES, default="float32", help="type of the stored vectors")
+    flags.add_argument("--compute_dtype", choices=DTYPES, default="float32", help="arithmetic of the encoder")
+    flags.add_argument("--token_budget", type=int, default=4096, help="tokens per batch")
+    flags.add_argument("--shard_rows", type=int, default=DEFAULT_SHARD_ROWS, help="vectors per file")
+    flags.add_argument("--quiet", action="store_true", help="no progress bars")
+    arguments = flags.parse_args(argv)
+    quieten()
+    data, model = load_data(arguments.data), load_model(arguments)
+    started = time.time()
+    options = EncodeOptions(
+        cache_dtype=arguments.cache_dtype, compute_dtype=arguments.compute_dtype,
+        token_budget=arguments.token_budget, shard_rows=arguments.shard_rows, progress=not arguments.quiet,
+    )  # fmt: skip
+    built = build_cache(model, data.corpus, Path(arguments.output_dir), options=options)
+    seconds = time.time() - started
+    RunRecord(
+        command="embed", seed=0, arguments=plain_arguments(arguments),
+        cost={"initial_target_passes": built.encoded}, timing={"encode_targets": seconds},
+        manifests=[built.cache.manifest.to_dict()],
+    ).save(built.cache.path)  # fmt: skip
+    print(f"{built.cache!r}: {built.encoded:,} targets encoded in {seconds:.1f} s")
+    return 0

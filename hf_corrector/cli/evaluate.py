@@ -1,0 +1,122 @@
+"""``hf-corrector evaluate``: what a corrector recovers of a stale cache."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.cli.common import (
+    DTYPES,
+    add_data_argument,
+    add_model_arguments,
+    judged_split,
+    load_data,
+    load_model,
+    new_output_folder,
+    parser,
+    plain_arguments,
+    quieten,
+)
+from hf_corrector.corrected_targets import CorrectedTargets
+from hf_corrector.data.retrieval import column, positives_as_rows, texts_hash
+from hf_corrector.encoding import EncodeOptions, build_cache
+from hf_corrector.errors import CacheMismatchError
+from hf_corrector.evaluation.evaluator import JudgeOptions
+from hf_corrector.evaluation.staleness import Conditions, measure_staleness
+from hf_corrector.models.modeling_corrector import CorrectorModel
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.records import FittedTargets, RunRecord
+
+EXAMPLES = """\
+  hf-corrector evaluate --cache cache --model out --corrector out/corrector --data my_beir_folder --output_dir judged
+  hf-corrector evaluate --cache out/cache --model out --old_model intfloat/e5-base-v2 --corrector out/corrector \\
+      --data my_beir_folder --output_dir judged
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Run the command."""
+    flags = parser(
+        "evaluate", "Compare stale, corrected and fresh targets on the same queries; re-encodes the corpus.", EXAMPLES
+    )
+    flags.add_argument("--cache", required=True, metavar="CACHE", help="cache made by the old encoder")
+    flags.add_argument("--corrector", metavar="H", help="folder or Hub id of the corrector")
+    flags.add_argument("--old_model", metavar="M", help="encoder that made the cache, for the row 'old'")
+    flags.add_argument("--output_dir", required=True, metavar="OUT", help="folder for run.json and the fresh cache")
+    flags.add_argument("--compute_dtype", choices=DTYPES, default="float32", help="arithmetic of the encoder")
+    flags.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    flags.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_data_argument(flags)
+    add_model_arguments(flags)
+    arguments = flags.parse_args(argv)
+    quieten()
+    out = new_output_folder(arguments.output_dir)
+    data, cache = load_data(arguments.data), TargetCache.open(arguments.cache)
+    if texts_hash(data.corpus) != cache.texts_hash:
+        raise CacheMismatchError(
+            arguments.cache, expected="a cache of the targets in --data", got="other ids or texts",
+            cure="Name the data the cache was made from.",
+        )  # fmt: skip
+    corrector = None if arguments.corrector is None else CorrectorModel.from_pretrained(arguments.corrector)
+    model, split, started = load_model(arguments), judged_split(data), time.time()
+    options = EncodeOptions(compute_dtype=arguments.compute_dtype, progress=not arguments.quiet)
+    fresh = build_cache(model, data.corpus, out / "fresh", options=options)
+    old_queries = None
+    if arguments.old_model is not None:
+        old_queries = _encode(_old_model(arguments, cache), split, arguments)
+    report = measure_staleness(
+        Conditions(
+            queries=_encode(model, split, arguments), stale=cache,
+            corrected=None if corrector is None else CorrectedTargets(cache, corrector), fresh=fresh.cache,
+            old_queries=old_queries, old=cache,
+        ),
+        positives_as_rows(split, data.corpus), fitted_rows=_fitted_rows(arguments.corrector, cache),
+        scale=model.config.scale, options=JudgeOptions(seed=arguments.seed),
+    )  # fmt: skip
+    queries = len(split) * (1 if old_queries is None else 2)
+    RunRecord(
+        command="evaluate", seed=arguments.seed, arguments=plain_arguments(arguments), evaluation=report.to_dict(),
+        fidelity=report.fidelity_dict(),
+        cost={
+            "initial_target_passes": 0, "train_target_passes": 0, "refresh_target_passes": 0,
+            "final_target_passes": fresh.encoded, "query_passes": queries,
+        },
+        timing={"total": time.time() - started},
+        manifests=[cache.manifest.to_dict(), fresh.cache.manifest.to_dict()],
+    ).save(out)  # fmt: skip
+    print(f"{report.table()}\n\n{report.judgement.sentence()}")
+    return 0
+
+
+def _encode(model: DualEncoderModel, split: Dataset, arguments: argparse.Namespace) -> torch.Tensor:
+    return model.encode_query(column(split, "query"), compute_dtype=arguments.compute_dtype)
+
+
+def _old_model(arguments: argparse.Namespace, cache: TargetCache) -> DualEncoderModel:
+    old = load_model(argparse.Namespace(**{**vars(arguments), "model": arguments.old_model, "revision": None}))
+    if old.fingerprint("target").weights != cache.fingerprint.weights:
+        raise CacheMismatchError(
+            arguments.cache, expected=f"vectors made by {arguments.old_model}", got=cache.fingerprint.name,
+            cure="Name the encoder that made the cache as --old_model.",
+        )  # fmt: skip
+    return old
+
+
+def _fitted_rows(corrector: str | None, cache: TargetCache) -> np.ndarray:
+    """Return which targets the corrector has seen, as the trainer noted beside it."""
+    if corrector is None:
+        return np.zeros(0, dtype=np.int64)
+    fitted = FittedTargets.load(Path(corrector))
+    if fitted is None or fitted.texts_hash != cache.texts_hash:
+        print(
+            "note: nothing says which of these targets the corrector was fitted on, so all queries count as clean; "
+            "if it was fitted on some, its numbers are too good"
+        )
+        return np.zeros(0, dtype=np.int64)
+    return np.asarray(fitted.rows, dtype=np.int64)

@@ -1,0 +1,69 @@
+"""``hf-corrector``: dispatch to a command, and turn expected errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from hf_corrector.errors import HFCorrectorError
+from hf_corrector.version import __version__
+
+COMMANDS = {
+    "demo": "train on Python's standard library and show what correction recovers",
+    "embed": "encode a corpus into a cache",
+    "train": "train a dual encoder with hard negatives from a corrected cache",
+    "evaluate": "compare stale, corrected and fresh targets of a cache",
+    "search": "search a cache, corrected or as it is",
+    "verify": "check every byte of a cache",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 1 a problem that was explained, 2 wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="hf-corrector",
+        description="Correct stale target embeddings instead of re-encoding them.",
+        epilog="commands:\n" + "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
+        + "\n\nhf-corrector COMMAND --help explains a command, with examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"hf-corrector {__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="what to do")
+    chosen = parser.parse_args(arguments[:1])
+    try:
+        return _run(chosen.command, arguments[1:])
+    except HFCorrectorError as error:
+        print(f"hf-corrector {chosen.command}: {error}", file=sys.stderr)
+    except OSError as error:
+        # A missing model, a full disk, a refused connection: transformers' and the system's own words say which.
+        print(f"hf-corrector {chosen.command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\nhf-corrector {chosen.command}: interrupted", file=sys.stderr)
+        return 130
+    return 1
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    """Import only the command that is run: --help of one does not wait for the libraries of another."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    match command:
+        case "demo":
+            from hf_corrector.cli.demo import run
+        case "embed":
+            from hf_corrector.cli.embed import run
+        case "train":
+            from hf_corrector.cli.train import run
+        case "evaluate":
+            from hf_corrector.cli.evaluate import run
+        case "search":
+            from hf_corrector.cli.search import run
+        case _:
+            from hf_corrector.cli.verify import run
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

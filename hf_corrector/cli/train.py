@@ -1,0 +1,134 @@
+"""``hf-corrector train``: train a dual encoder and judge what correction recovers."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import HfArgumentParser
+
+from hf_corrector.cli.common import (
+    DATA_HELP,
+    STDLIB,
+    judged_split,
+    load_data,
+    load_model,
+    new_output_folder,
+    plain_arguments,
+    quieten,
+)
+from hf_corrector.errors import ConfigurationError, DataError, HFCorrectorError
+from hf_corrector.evaluation.evaluator import JudgeOptions
+from hf_corrector.evaluation.staleness import StalenessReport
+from hf_corrector.records import RunRecord
+from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
+
+EXAMPLES = """\
+examples:
+  hf-corrector train --data my_beir_folder --model intfloat/e5-base-v2 --staleness corrector --max_steps 1000 \\
+      --output_dir out --seed 1
+  hf-corrector train --staleness refresh --refresh_steps 100 --max_steps 300 --output_dir out-refresh --bf16
+"""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and the examples as they are written."""
+
+
+@dataclass
+class WhatToTrain:
+    """Encoder and data, for the command line."""
+
+    data: str = field(default=STDLIB, metadata={"help": DATA_HELP})
+    model: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of the encoder; by default the demo's MiniLM"}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Hub revision of the encoder"})
+    num_layers: int | None = field(default=None, metadata={"help": "keep only the encoder's first so many layers"})
+    max_length: int | None = field(default=None, metadata={"help": "cut queries and targets to so many tokens"})
+
+
+def run(argv: list[str]) -> int:
+    """Run the command."""
+    flags = HfArgumentParser(
+        cast(Any, [WhatToTrain, DualEncoderTrainingArguments]),
+        formatter_class=_HelpFormatter,
+        prog="hf-corrector train",
+        description="Train a dual encoder with hard negatives from a corrected cache, then judge on the test split. "
+        "Every argument of transformers' TrainingArguments is one here.",
+        epilog=EXAMPLES,
+    )
+    try:
+        what, args = flags.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        if isinstance(error, HFCorrectorError):
+            raise
+        raise ConfigurationError(
+            "train", expected="arguments transformers accepts", got=str(error), cure="Change them as it says."
+        ) from error
+    if "--output_dir" not in " ".join(argv).replace("-dir", "_dir"):
+        raise ConfigurationError("train", expected="--output_dir OUT", got="none", cure="Say where the run goes.")
+    quieten()
+    report = train_and_judge(what, args)
+    print(f"{report.table()}\n\n{report.judgement.sentence()}\n\nwritten to {args.output_dir}")
+    return 0
+
+
+def train_and_judge(what: WhatToTrain, args: DualEncoderTrainingArguments) -> StalenessReport:
+    """Train, save, judge on the test split and write ``run.json``.
+
+    Raises:
+        HFCorrectorError: If arguments or data do not fit together; before any work is done.
+    """
+    started = time.time()
+    out = new_output_folder(str(args.output_dir))
+    data = load_data(what.data)
+    split = judged_split(data)
+    if data.train is None:
+        raise DataError(
+            what.data, expected="a train split", got="none", cure="Add qrels/train.tsv, or name other data."
+        )
+    named = argparse.Namespace(**vars(what))
+    trainer = DualEncoderTrainer(
+        load_model(named), args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
+    )
+    prepared = time.time()
+    trainer.prepare()
+    measured = 0
+    if trainer.live_cache is None:
+        # The judgement compares with a cache even where training needs none: its cost is not training's.
+        trainer.build_cache()
+        measured, trainer.cost["initial_target_passes"] = trainer.cost["initial_target_passes"], 0
+    trained = time.time()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    judged = time.time()
+    report = trainer.judge(split, old_model=load_model(named), options=JudgeOptions(seed=args.seed))
+    _record(trainer, what, report, {
+        "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
+        "judge": time.time() - judged, "total": time.time() - started,
+    }, measured).save(Path(out))  # fmt: skip
+    return report
+
+
+def _record(
+    trainer: DualEncoderTrainer, what: WhatToTrain, report: StalenessReport, seconds: dict[str, float], measured: int
+) -> RunRecord:
+    live, args = trainer.live_cache, trainer.args
+    manifests = [] if live is None else [live.first.manifest.to_dict(), live.cache.manifest.to_dict()]
+    phases = {f"train_{name}": spent for name, spent in trainer.step_log.total_seconds.items()}
+    history = [{key: value for key, value in entry.items() if _is_number(value)} for entry in trainer.state.log_history]
+    return RunRecord(
+        command="train", seed=args.seed, arguments={**plain_arguments(what), **plain_arguments(args)},
+        evaluation=report.to_dict(), fidelity=report.fidelity_dict(),
+        cost={**trainer.cost, "measurement_target_passes": measured}, timing={**seconds, **phases},
+        manifests=manifests, history=history,
+    )  # fmt: skip
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and value == value and abs(value) != float("inf")

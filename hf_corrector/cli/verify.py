@@ -1,0 +1,23 @@
+"""``hf-corrector verify``: check every byte of a cache."""
+
+from __future__ import annotations
+
+from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.cli.common import parser
+
+EXAMPLES = """\
+  hf-corrector verify cache
+  hf-corrector verify out/cache --quiet && echo intact
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Run the command."""
+    flags = parser("verify", "Check manifest, checksums, vectors and ids of a cache.", EXAMPLES)
+    flags.add_argument("cache", metavar="CACHE", help="folder of the cache")
+    flags.add_argument("--quiet", action="store_true", help="no progress bar")
+    arguments = flags.parse_args(argv)
+    cache = TargetCache.open(arguments.cache)
+    cache.verify(progress=not arguments.quiet)
+    print(f"{cache!r}: intact")
+    return 0

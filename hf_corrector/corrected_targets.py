@@ -1,0 +1,82 @@
+"""Bridge between cache and corrector: cached targets as they look after correction."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_corrector.errors import ConfigurationError
+from hf_corrector.index.base import TargetVectors
+from hf_corrector.models.modeling_corrector import CorrectorModel
+
+DEFAULT_SNAPSHOT_BYTES = 2**30
+READ_ROWS = 16_384
+
+
+class CorrectedTargets:
+    """Stale target vectors seen through a corrector, chunk by chunk or, where they fit, from a snapshot in memory.
+
+    The snapshot holds exactly what the corrector returns; it is made on the first read after :meth:`invalidate`.
+
+    Args:
+        stale: The cached vectors; any source of rows.
+        corrector: The corrector, or None to see the stale vectors themselves.
+        device: Where reads return their rows.
+        snapshot_bytes: Keep all corrected rows in memory if they need no more than this; 0 for never.
+    """
+
+    def __init__(
+        self,
+        stale: TargetVectors,
+        corrector: CorrectorModel | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES,
+    ) -> None:
+        if corrector is not None and corrector.config.input_dim != stale.dim:
+            raise ConfigurationError(
+                "corrected targets", expected=f"cached vectors of size {corrector.config.input_dim}",
+                got=f"size {stale.dim}", cure="Use the corrector that was fitted for this cache.",
+            )  # fmt: skip
+        self.stale, self.corrector, self.device = stale, corrector, torch.device(device)
+        self.dim = stale.dim if corrector is None else int(corrector.config.output_dim or stale.dim)
+        self._fits = len(stale) * self.dim * 4 <= snapshot_bytes
+        self._snapshot: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.stale)
+
+    def invalidate(self) -> None:
+        """Forget the snapshot; call it whenever the corrector has changed."""
+        self._snapshot = None
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return corrected rows ``start`` to ``stop``, ``(stop − start, dim)`` float32."""
+        if self._fits:
+            if self._snapshot is None:
+                self._snapshot = self._correct_all()
+            return self._snapshot[start:stop]
+        return self._correct(self.stale.read(start, stop))
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return corrected rows in the order asked for, ``(n, dim)`` float32.
+
+        Args:
+            rows: Target rows, ``(n,)`` int64.
+        """
+        if self._fits:
+            return self.read(0, len(self))[rows.to(self.device)]
+        unique, positions = torch.unique(rows.cpu(), return_inverse=True)
+        corrected = self._correct(torch.cat([self.stale.read(row, row + 1) for row in unique.tolist()]))
+        return corrected[positions.to(corrected.device)]
+
+    @torch.no_grad()
+    def _correct(self, stale: torch.Tensor) -> torch.Tensor:
+        stale = stale.to(self.device, torch.float32)
+        return stale if self.corrector is None else self.corrector(stale)
+
+    def _correct_all(self) -> torch.Tensor:
+        snapshot = torch.empty(len(self), self.dim, device=self.device)
+        for start in range(0, len(self), READ_ROWS):
+            stop = min(start + READ_ROWS, len(self))
+            snapshot[start:stop] = self._correct(self.stale.read(start, stop))
+        return snapshot

@@ -1,0 +1,1 @@
+"""Texts and files: retrieval data sets, the embedded default, pre-tokenised texts and batches; knows no model."""

@@ -1,0 +1,1 @@
+"""The metric MRR@k for the ``evaluate`` library."""

@@ -1,0 +1,1 @@
+"""The metric nDCG@k for the ``evaluate`` library."""

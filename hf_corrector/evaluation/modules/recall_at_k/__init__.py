@@ -1,0 +1,1 @@
+"""The metric Recall@k for the ``evaluate`` library."""

@@ -1,0 +1,1 @@
+"""The metric Success@k for the ``evaluate`` library."""

@@ -1,0 +1,221 @@
+"""Closed-form fits of a corrector to pairs of stale and fresh embeddings.
+
+Solved in float64; ridge strength and prior are chosen by exact leave-one-target-out errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_corrector.errors import ConfigurationError
+
+PRIORS = ("identity", "procrustes", "zero")
+# Relative to the mean eigenvalue of the stale vectors' covariance.
+RELATIVE_RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 5))
+MAX_LOO_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Stale and fresh embeddings of the same targets, one row a target.
+
+    Attributes:
+        stale: ``(n, dim_in)`` float64.
+        fresh: ``(n, dim_out)`` float64.
+        weights: Positive weight of each target, ``(n,)`` float64.
+    """
+
+    stale: torch.Tensor
+    fresh: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def collect(
+        cls,
+        stale: torch.Tensor,
+        fresh: torch.Tensor,
+        *,
+        target_rows: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> Pairs:
+        """Bring pairs into float64 and merge those of the same target into one weighted mean.
+
+        Merging is what turns leaving one row out into leaving one target out.
+
+        Args:
+            stale: Stale embeddings, ``(n, dim_in)``.
+            fresh: Fresh embeddings, ``(n, dim_out)``.
+            target_rows: Which target each row belongs to, ``(n,)`` int64; all different if not given.
+            weights: Weight of each row, ``(n,)``; 1 if not given.
+
+        Raises:
+            ConfigurationError: If shapes disagree, a number is not finite, or fewer than two targets are left.
+        """
+        weights = torch.ones(len(stale)) if weights is None else weights
+        _check_pairs(stale, fresh, weights)
+        stale, fresh, weights = stale.double().cpu(), fresh.double().cpu(), weights.double().cpu()
+        if target_rows is not None:
+            unique, group = torch.unique(target_rows.cpu(), return_inverse=True)
+            total = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, group, weights)
+            share = (weights / total[group])[:, None]
+            stale = torch.zeros(len(unique), stale.shape[1], dtype=torch.float64).index_add_(0, group, stale * share)
+            fresh = torch.zeros(len(unique), fresh.shape[1], dtype=torch.float64).index_add_(0, group, fresh * share)
+            weights = total
+        if len(stale) < 2:
+            raise ConfigurationError(
+                "corrector fit", expected="pairs of at least 2 targets", got=str(len(stale)), cure="Give more pairs."
+            )
+        return cls(stale, fresh, weights)
+
+
+def _check_pairs(stale: torch.Tensor, fresh: torch.Tensor, weights: torch.Tensor) -> None:
+    if stale.dim() != 2 or fresh.dim() != 2 or not len(stale) == len(fresh) == len(weights):
+        raise ConfigurationError(
+            "corrector fit",
+            expected="stale (n, dim_in), fresh (n, dim_out) and weights (n,)",
+            got=f"{tuple(stale.shape)}, {tuple(fresh.shape)} and {tuple(weights.shape)}",
+            cure="Pass one fresh vector and one weight for every stale vector.",
+        )
+    finite = torch.isfinite(stale).all(dim=1) & torch.isfinite(fresh).all(dim=1) & (weights > 0)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise ConfigurationError(
+            f"corrector fit, pair {row}",
+            expected="finite vectors and a positive weight",
+            got="NaN, infinity or no weight",
+            cure="Leave that pair out or encode it again.",
+        )
+
+
+@dataclass(frozen=True)
+class AffineFit:
+    """An affine corrector in displacement form.
+
+    Where sizes agree it maps z to ``z + weight (z − mean) + bias``, otherwise to ``weight (z − mean) + bias``.
+
+    Attributes:
+        mean: ``(dim_in,)`` float32.
+        weight: ``(dim_out, dim_in)`` float32.
+        bias: ``(dim_out,)`` float32.
+        prior: What the ridge shrinks towards.
+        ridge: Chosen strength, relative to the mean eigenvalue of the stale covariance.
+        loo_error: Mean squared leave-one-target-out error of the choice.
+        pairs: Number of distinct targets fitted on.
+    """
+
+    mean: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    prior: str
+    ridge: float
+    loo_error: float
+    pairs: int
+
+
+def fit_mean_shift(pairs: Pairs) -> torch.Tensor:
+    """Return the weighted mean displacement, ``(dim,)`` float32 (Query Drift Compensation, arXiv 2506.00037)."""
+    share = pairs.weights / pairs.weights.sum()
+    return ((pairs.fresh - pairs.stale) * share[:, None]).sum(dim=0).float()
+
+
+def fit_affine(
+    pairs: Pairs, *, priors: tuple[str, ...] = PRIORS, relative_ridges: tuple[float, ...] = RELATIVE_RIDGES
+) -> AffineFit:
+    """Fit an affine map by ridge regression towards a prior, choosing both by leave-one-target-out error.
+
+    The leave-one-out residual of a linear smoother is its residual divided by one minus the leverage (Allen's PRESS),
+    so the choice costs no second fit. The Procrustes prior itself is estimated from all pairs; its error is therefore
+    slightly optimistic.
+
+    Args:
+        pairs: What to fit on.
+        priors: Candidates for the map at infinite ridge: ``"identity"`` (skipped where sizes differ),
+            ``"procrustes"`` (the best rotation) and ``"zero"`` (the mean of the fresh vectors).
+        relative_ridges: Candidates for the strength, relative to the mean eigenvalue of the stale covariance.
+
+    Raises:
+        ConfigurationError: If no prior fits the sizes or a name is unknown.
+    """
+    problem = _RidgeProblem(pairs)
+    square = pairs.stale.shape[1] == pairs.fresh.shape[1]
+    usable = [prior for prior in priors if prior in PRIORS and (square or prior != "identity")]
+    if not usable or len(set(priors) - set(PRIORS)) > 0:
+        raise ConfigurationError(
+            "corrector fit", expected=f"priors among {PRIORS}, not only 'identity' between different sizes",
+            got=str(priors), cure="Name another prior.",
+        )  # fmt: skip
+    best: tuple[float, str, float] | None = None
+    for prior in usable:
+        errors = problem.loo_errors(problem.prior_map(prior), relative_ridges)
+        index = min(range(len(errors)), key=lambda one: (errors[one], -relative_ridges[one]))
+        if best is None or errors[index] < best[0]:
+            best = (errors[index], prior, relative_ridges[index])
+    error, prior, ridge = best if best is not None else (0.0, usable[0], 1.0)
+    full_map = problem.solve(problem.prior_map(prior), ridge)
+    weight = full_map - torch.eye(full_map.shape[0], dtype=torch.float64) if square else full_map
+    bias = problem.fresh_mean - problem.stale_mean if square else problem.fresh_mean
+    return AffineFit(
+        mean=problem.stale_mean.float(), weight=weight.float(), bias=bias.float(), prior=prior, ridge=ridge,
+        loo_error=error, pairs=len(pairs.stale),
+    )  # fmt: skip
+
+
+class _RidgeProblem:
+    """Weighted, centred least squares with one eigendecomposition shared by all priors and ridges."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        share = (pairs.weights / pairs.weights.sum())[:, None]
+        self.share = share
+        self.stale_mean = (pairs.stale * share).sum(dim=0)
+        self.fresh_mean = (pairs.fresh * share).sum(dim=0)
+        self.stale = pairs.stale - self.stale_mean
+        self.fresh = pairs.fresh - self.fresh_mean
+        covariance = self.stale.T @ (self.stale * share)
+        values, self.vectors = torch.linalg.eigh(covariance)
+        self.values = values.clamp(min=0.0)
+        self.unit = max(float(self.values.mean()), torch.finfo(torch.float64).tiny)
+        self.cross = self.stale.T @ (self.fresh * share)
+        self.covariance = covariance
+
+    def prior_map(self, prior: str) -> torch.Tensor:
+        """Return the linear part of a prior, ``(dim_out, dim_in)``."""
+        dim_in, dim_out = self.cross.shape
+        match prior:
+            case "identity":
+                return torch.eye(dim_out, dim_in, dtype=torch.float64)
+            case "procrustes":
+                left, _, right = torch.linalg.svd(self.cross.T, full_matrices=False)
+                rotation: torch.Tensor = left @ right
+                return rotation
+            case _:
+                return torch.zeros(dim_out, dim_in, dtype=torch.float64)
+
+    def solve(self, prior_map: torch.Tensor, relative_ridge: float) -> torch.Tensor:
+        """Return prior + A with A the ridge solution for what the prior leaves over, ``(dim_out, dim_in)``."""
+        left_over = self.cross - self.covariance @ prior_map.T
+        shrunk = (self.vectors.T @ left_over) / (self.values + relative_ridge * self.unit)[:, None]
+        solution: torch.Tensor = prior_map + (self.vectors @ shrunk).T
+        return solution
+
+    def loo_errors(self, prior_map: torch.Tensor, relative_ridges: tuple[float, ...]) -> list[float]:
+        """Return the weighted mean squared leave-one-target-out error for each ridge.
+
+        Above :data:`MAX_LOO_ROWS` targets an evenly spaced subset is judged; every one was fitted on.
+        """
+        picked = torch.linspace(0, len(self.stale) - 1, min(len(self.stale), MAX_LOO_ROWS)).round().long()
+        stale, share = self.stale[picked], self.share[picked, 0]
+        residual = self.fresh[picked] - stale @ prior_map.T
+        scores = stale @ self.vectors
+        loadings = self.vectors.T @ (self.cross - self.covariance @ prior_map.T)
+        errors = []
+        for ridge in relative_ridges:
+            damping = 1.0 / (self.values + ridge * self.unit)
+            leverage = share * (1.0 + (scores.square() * damping).sum(dim=1))
+            # Only ranks candidates, so float32 is enough for this, the largest product of all.
+            fitted = (scores * damping).float() @ loadings.float()
+            squared = (residual.float() - fitted).double().square().sum(dim=1)
+            held_out = squared / (1.0 - leverage).clamp(min=1e-6).square()
+            errors.append(float((held_out * share).sum() / share.sum()))
+        return errors

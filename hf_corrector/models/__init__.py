@@ -1,0 +1,22 @@
+"""Models and their configurations, known to transformers' auto classes once this is imported."""
+
+from transformers import AutoConfig, AutoModel
+
+from hf_corrector.models.configuration_corrector import CorrectorConfig
+from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig
+from hf_corrector.models.modeling_corrector import CorrectorModel
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel, DualEncoderOutput, SampledTargets
+
+AutoConfig.register(CorrectorConfig.model_type, CorrectorConfig, exist_ok=True)
+AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
+AutoModel.register(CorrectorConfig, CorrectorModel, exist_ok=True)
+AutoModel.register(DualEncoderConfig, DualEncoderModel, exist_ok=True)
+
+__all__ = [
+    "CorrectorConfig",
+    "CorrectorModel",
+    "DualEncoderConfig",
+    "DualEncoderModel",
+    "DualEncoderOutput",
+    "SampledTargets",
+]

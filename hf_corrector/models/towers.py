@@ -1,0 +1,110 @@
+"""Building one tower of a dual encoder and turning its token states into one vector per text."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import torch
+import xxhash
+from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_corrector._files import hash_strings
+from hf_corrector.errors import ConfigurationError
+
+
+def _auto_class(config: PreTrainedConfig) -> type[Any]:
+    """Return the auto class that yields token states: of an encoder-decoder only the encoder."""
+    # An encoder saved without its decoder says False of itself, yet its class builds both unless told otherwise.
+    return AutoModelForTextEncoding if config.is_encoder_decoder or type(config).is_encoder_decoder else AutoModel
+
+
+def _build_kwargs(config: PreTrainedConfig) -> dict[str, Any]:
+    """Leave out a BERT-like pooler: its weights change no vector and would never see a gradient."""
+    model_class = _auto_class(config)._model_mapping[type(config)]
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}
+
+
+def tower_from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a tower with random weights."""
+    return _auto_class(config).from_config(config, **_build_kwargs(config))
+
+
+def tower_from_pretrained(
+    name: str, config: PreTrainedConfig, *, revision: str | None, subfolder: str
+) -> PreTrainedModel:
+    """Load a tower's weights in float32 from a folder or from the Hub.
+
+    Raises:
+        ConfigurationError: If the checkpoint lacks weights, which transformers would fill with random numbers.
+    """
+    # The report of unused weights is expected here (heads, poolers, layers cut off), that of missing ones is an error.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        tower, info = _auto_class(config).from_pretrained(
+            name, config=config, revision=revision, subfolder=subfolder, dtype=torch.float32,
+            output_loading_info=True, **_build_kwargs(config),
+        )  # fmt: skip
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ConfigurationError(
+            f"encoder {name}", expected=f"weights for all of {type(tower).__name__}",
+            got=f"none for {sorted(info['missing_keys'])[:3]}", cure="Use a complete checkpoint of that architecture.",
+        )  # fmt: skip
+    return tower
+
+
+def pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Reduce token states to one vector per text, in float32.
+
+    Args:
+        states: ``(batch, length, dim)``.
+        attention_mask: 1 for real tokens, ``(batch, length)``.
+        pooling: One of :data:`~hf_corrector.models.configuration_dual_encoder.POOLINGS`.
+
+    Returns:
+        ``(batch, dim)`` float32.
+    """
+    states = states.float()
+    mask = attention_mask.to(states.dtype)
+    match pooling:
+        case "cls":
+            first = attention_mask.int().argmax(dim=1)
+            return states[torch.arange(len(states), device=states.device), first]
+        case "last":
+            positions = torch.arange(attention_mask.shape[1], device=states.device)
+            last = (attention_mask * positions).argmax(dim=1)
+            return states[torch.arange(len(states), device=states.device), last]
+        case "weighted_mean":
+            mask = mask * mask.cumsum(dim=1)
+    return torch.einsum("bld,bl->bd", states, mask) / mask.sum(dim=1, keepdim=True).clamp(min=1e-9)
+
+
+def hash_modules(modules: list[torch.nn.Module | None]) -> str:
+    """Hash all weights of some modules, names, dtypes and shapes included, to 32 hexadecimal digits."""
+    state = xxhash.xxh3_128()
+    for module in modules:
+        if module is None:
+            continue
+        for name, tensor in sorted(module.state_dict().items()):
+            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            data = tensor.detach().cpu().contiguous()
+            state.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash what decides a tokenizer's output, leaving out settings that calls change (truncation, padding)."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content.pop("truncation", None)
+        content.pop("padding", None)
+        return hash_strings([tokenizer.truncation_side, json.dumps(content, sort_keys=True)])
+    vocabulary = [f"{token} {number}" for token, number in sorted(tokenizer.get_vocab().items())]
+    return hash_strings([tokenizer.truncation_side, type(tokenizer).__name__, *vocabulary])

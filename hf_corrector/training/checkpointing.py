@@ -1,0 +1,96 @@
+"""The private parts of transformers' Trainer this package overrides, and why; read against transformers 5.23.
+
+``Trainer._save_checkpoint``
+    writes straight into ``checkpoint-N`` and deletes older checkpoints before anyone can know that the new one is whole
+    (transformers issue 35525). Here the extra state and a marker are written first, and only then are old ones deleted.
+``Trainer._load_from_checkpoint``
+    is where weights are restored, before data loaders exist; the extra state is read there too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+from hf_corrector._files import write_json
+from hf_corrector.errors import CheckpointError
+
+COMPLETE_MARKER = "COMPLETE"
+logger = logging.get_logger(__name__)
+
+
+def newest_complete_checkpoint(output_dir: Path) -> Path | None:
+    """Return the checkpoint with the highest step that was written to its end; incomplete ones are reported."""
+    found = []
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = folder.name.rsplit("-", 1)[-1]
+        if not number.isdigit():
+            continue
+        if (folder / COMPLETE_MARKER).exists():
+            found.append((int(number), folder))
+        else:
+            logger.warning(f"{folder} was not written to its end and is passed over.")
+    return max(found)[1] if found else None
+
+
+class CheckpointingTrainer(Trainer):
+    """A Trainer whose checkpoints carry extra state and are known to be complete."""
+
+    def save_extra_state(self, folder: Path) -> None:
+        """Write what a subclass needs beside the model into a checkpoint folder."""
+
+    def load_extra_state(self, folder: Path) -> None:
+        """Read what :meth:`save_extra_state` wrote."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from the start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the newest complete one in ``output_dir``.
+            args: Handed to transformers' ``train``.
+            kwargs: Handed to transformers' ``train``.
+
+        Raises:
+            CheckpointError: If there is no complete checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            newest = newest_complete_checkpoint(Path(str(self.args.output_dir)))
+            if newest is None:
+                raise CheckpointError(
+                    str(self.args.output_dir), expected="a complete checkpoint", got="none",
+                    cure="Train without resume_from_checkpoint.",
+                )  # fmt: skip
+            resume_from_checkpoint = str(newest)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if not self.args.should_save:
+            return
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.save_extra_state(folder)
+        write_json(folder / COMPLETE_MARKER, {"global_step": self.state.global_step})
+        rotate_checkpoints(
+            output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )  # fmt: skip
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / COMPLETE_MARKER).exists():
+            raise CheckpointError(
+                str(folder), expected=f"the file {COMPLETE_MARKER}, written last", got="none",
+                cure="Resume from an older checkpoint; this one was not written to its end.",
+            )  # fmt: skip
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_extra_state(folder)

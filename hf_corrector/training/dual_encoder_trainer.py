@@ -1,0 +1,447 @@
+"""Training a dual encoder whose hard negatives come from an up-to-date softmax over a stale cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_utils import speed_metrics
+
+from hf_corrector._distributed import world_size
+from hf_corrector._files import read_json, write_json
+from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.candidate_sampling import ContrastSet
+from hf_corrector.data.collators import PairCollator, PairDataset
+from hf_corrector.data.pairs import from_pairs
+from hf_corrector.data.retrieval import RetrievalData, column, positives_as_rows, texts_hash, validate
+from hf_corrector.encoding import build_cache, encode_rows, tokenize_texts
+from hf_corrector.errors import CacheMismatchError, ConfigurationError
+from hf_corrector.evaluation.evaluator import JudgeOptions
+from hf_corrector.evaluation.staleness import Conditions, StalenessReport, measure_staleness
+from hf_corrector.index.base import TargetVectors, TensorVectors
+from hf_corrector.index.exact import ExactIndex
+from hf_corrector.metrics import quality
+from hf_corrector.models.configuration_corrector import CorrectorConfig
+from hf_corrector.models.modeling_corrector import CorrectorModel
+from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel, SampledTargets
+from hf_corrector.records import FittedTargets
+from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.callbacks import StalenessCallback
+from hf_corrector.training.checkpointing import CheckpointingTrainer
+from hf_corrector.training.live_cache import (
+    STATE_FILE,
+    LiveCache,
+    compute_dtype_of,
+    encode_options_of,
+)
+from hf_corrector.training.refresh_schedule import RefreshSchedule
+from hf_corrector.training.step_log import StepLog
+from hf_corrector.training.target_choice import TargetChooser
+
+COSTS = (
+    "initial_target_passes", "train_target_passes", "refresh_target_passes", "final_target_passes", "query_passes",
+)  # fmt: skip
+
+
+class DualEncoderTrainer(CheckpointingTrainer):
+    """Train a dual encoder, and with ``staleness="corrector"`` the corrector that keeps its cache usable.
+
+    Each step samples targets for every query from the whole cache (through the corrector), re-encodes only those with
+    the current encoder, and computes the truncated softmax loss on them (arXiv 2409.01890). The same re-encoded
+    targets are the corrector's training pairs, so it costs no further pass of the encoder. Neither cache nor corrector
+    is on the gradient path of the encoder.
+
+    The phases :meth:`prepare`, :meth:`train`, :meth:`refresh_cache`, :meth:`evaluate` and :meth:`judge` may be called
+    alone.
+
+    Args:
+        model: The encoder; gets a corrector where ``args`` ask for one.
+        args: Arguments.
+        train_dataset: Queries with columns ``query_id``, ``query``, ``positive_ids``; or, without ``targets``, pairs in
+            sentence-transformers' columns (anchor, positive, negatives).
+        targets: All targets, columns ``id`` and ``text``.
+        eval_dataset: Queries to evaluate on, as ``train_dataset``.
+        target_cache: A cache made by an older encoder from the same targets. By default the cache is made from
+            ``model`` as it is.
+        callbacks: Further callbacks.
+        optimizers: Optimiser and schedule of the encoder, as in transformers.
+
+    Attributes:
+        live_cache: The cache in use and the corrector's view of it, once :meth:`prepare` has run; None where training
+            needs no cache.
+        cost: Encoder forward passes so far, in texts, by purpose.
+
+    Raises:
+        ConfigurationError: If the arguments cannot work together.
+        DataError: If queries and targets do not fit together.
+    """
+
+    model: DualEncoderModel
+    args: DualEncoderTrainingArguments
+
+    def __init__(  # noqa: PLR0913 - transformers' own signature
+        self,
+        model: DualEncoderModel,
+        args: DualEncoderTrainingArguments,
+        train_dataset: Dataset | None = None,
+        targets: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        *,
+        target_cache: TargetCache | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        _check_types(model, args)
+        if targets is None and train_dataset is not None:
+            data = from_pairs(train_dataset, dev_fraction=0.0, test_fraction=0.0)
+            train_dataset, targets = data.train, data.corpus
+        if targets is None:
+            raise ConfigurationError(
+                "DualEncoderTrainer", expected="targets to search", got="None", cure="Pass data.corpus as `targets`."
+            )
+        for split in (train_dataset, *_splits(eval_dataset)):
+            if split is not None:
+                validate(RetrievalData(corpus=targets, train=split, dev=None, test=None))
+        if target_cache is not None:
+            _check_given_cache(target_cache, targets, model)
+        self.targets, self._given_cache = targets, target_cache
+        _attach_corrector(model, args)
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=cast(Any, PairCollator(model.pad_token_id("query"), model.pad_token_id("target"))),
+            callbacks=callbacks, optimizers=optimizers,
+        )  # fmt: skip
+        if world_size() > 1 or self.args.n_gpu > 1:
+            raise ConfigurationError(
+                "DualEncoderTrainer", expected="one process and one device",
+                got=f"{world_size()} processes, {self.args.n_gpu} devices",
+                cure="Set CUDA_VISIBLE_DEVICES to one GPU and start without a distributed launcher.",
+            )  # fmt: skip
+        self.add_callback(StalenessCallback(self))
+        self.live_cache: LiveCache | None = None
+        self.cost = dict.fromkeys(COSTS, 0)
+        self.step_log = StepLog()
+        self._schedule = RefreshSchedule.parse(args.refresh_steps)
+        self._resumed_from: Path | None = None
+        self._resumed_with_cache = False
+        self._pairs: PairDataset | None = None
+        self._prepared = False
+
+    # ------------------------------------------------------------------ phases
+
+    def prepare(self) -> None:
+        """Tokenise the corpus and the queries, and make or open the cache; done once, also by :meth:`train`.
+
+        Raises:
+            CacheMismatchError: If the cache folder holds vectors of another encoder or other texts.
+            CheckpointError: If a run is resumed and its cache is no longer there.
+        """
+        if self._prepared:
+            return
+        out, progress = Path(str(self.args.output_dir)), not self.args.disable_tqdm
+        out.mkdir(parents=True, exist_ok=True)
+        self.tokens = tokenize_texts(
+            self.model, column(self.targets, "text"), "target", out / "tokens" / "targets", progress=progress
+        )
+        if self._resumed_from is not None and self._resumed_with_cache:
+            self.live_cache = LiveCache.reopen(self._resumed_from, self.model, self.args)
+        elif self.args.needs_cache or self._given_cache is not None:
+            self.build_cache()
+        if self.train_dataset is not None:
+            queries = tokenize_texts(
+                self.model, column(self.train_dataset, "query"), "query", out / "tokens" / "queries", progress=progress
+            )
+            positives = positives_as_rows(self.train_dataset, self.targets)
+            self._pairs = PairDataset(positives, queries, self.tokens)
+            self._chooser = TargetChooser(self.model, self.args, self.tokens, positives=positives)
+        self._prepared = True
+
+    def build_cache(self) -> TargetCache:
+        """Make the cache from the model as it is, or take the one that was given."""
+        if self._given_cache is not None:
+            self.live_cache = LiveCache(self._given_cache, self.model, self.args)
+            return self._given_cache
+        default = Path(str(self.args.output_dir)) / "cache"
+        built = build_cache(
+            self.model, self.targets, Path(self.args.cache_dir or default), tokens=self.tokens,
+            options=encode_options_of(self.args),
+        )  # fmt: skip
+        self.cost["initial_target_passes"] += built.encoded
+        self.live_cache = LiveCache(built.cache, self.model, self.args)
+        return built.cache
+
+    def refresh_cache(self) -> TargetCache:
+        """Encode all targets anew with the current weights; the corrector starts again at the identity."""
+        live = self._need_cache("refresh_cache")
+        with self.step_log.phase("refresh"):
+            self.cost["refresh_target_passes"] += live.refresh(self.targets, self.tokens)
+        return live.cache
+
+    def _need_cache(self, who: str) -> LiveCache:
+        self.prepare()
+        if self.live_cache is None:
+            raise ConfigurationError(
+                who, expected="a cache", got="none: training needs none with these arguments",
+                cure="Call build_cache() before train().",
+            )  # fmt: skip
+        return self.live_cache
+
+    # ------------------------------------------------------------------ one step
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        """Return batches of tokenised (query, positive) pairs; every judgement is one example."""
+        if self.train_dataset is None:
+            raise ConfigurationError(
+                "DualEncoderTrainer.train", expected="a train_dataset", got="None", cure="Pass one to the trainer."
+            )
+        self.prepare()
+        loader: torch.utils.data.DataLoader[Any] = self._get_dataloader(
+            dataset=cast(Any, self._pairs), description="Training", batch_size=self._train_batch_size,
+            sampler_fn=cast(Any, self._get_train_sampler), is_training=True,
+        )  # fmt: skip
+        return loader
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Do one forward and backward pass and let the corrector follow."""
+        with self.step_log.phase("step"):
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            if self.live_cache is not None and self.accelerator.sync_gradients:
+                with self.step_log.phase("corrector"):
+                    self.live_cache.update_corrector(self.state.global_step)
+        return loss
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sample targets for the batch's queries, encode them and return the truncated softmax loss."""
+        chosen: list[ContrastSet] = []
+
+        def candidate_fn(query_embeddings: torch.Tensor) -> SampledTargets:
+            with self.step_log.phase("sampling"):
+                contrast, sampled = self._chooser.choose(
+                    query_embeddings, inputs, live=self.live_cache, step=self.state.global_step
+                )
+            chosen.append(contrast)
+            return sampled
+
+        outputs = model(queries=inputs["queries"], positives=inputs["positives"], candidate_fn=candidate_fn)
+        self.cost["query_passes"] += len(outputs.query_embeddings)
+        self.cost["train_target_passes"] += len(outputs.target_embeddings)
+        if self.live_cache is not None:
+            with self.step_log.phase("corrector"):
+                self._learn_from(chosen[0], outputs.target_embeddings.detach().float(), self.live_cache)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    @torch.no_grad()
+    def _learn_from(self, contrast: ContrastSet, fresh: torch.Tensor, live: LiveCache) -> None:
+        """Log how stale the encoded targets were, and hand them to the corrector as pairs."""
+        stale = live.cache.gather(contrast.rows).to(fresh.device)
+        seen, count = stale, len(fresh)
+        self.step_log.observe("cosine_stale_fresh", float(F.cosine_similarity(stale, fresh).mean()), count=count)
+        if live.online is not None:
+            seen = live.online.corrector(stale)
+            self.step_log.observe("cosine_corrected_fresh", float(F.cosine_similarity(seen, fresh).mean()), count=count)
+            live.online.observe(contrast.rows, fresh, step=self.state.global_step)
+        uniform = contrast.uniform.to(fresh.device)
+        if uniform.any():
+            residual = (seen - fresh)[uniform].square().sum(dim=1).mean()
+            self.step_log.observe("residual_uniform", float(residual), count=int(uniform.sum()))
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Estimate the operations of a step; transformers' own expects a single tensor of tokens."""
+        return self.model.floating_point_ops(inputs)
+
+    def after_step(self, step: int) -> None:
+        """Refresh the cache if the schedule says so; called after every optimiser step."""
+        if self.live_cache is not None and self._schedule.due(step) and step < self.state.max_steps:
+            self.refresh_cache()
+
+    def finish_corrector(self) -> None:
+        """Fit the corrector to the last window once more; called when training ends."""
+        if self.live_cache is not None:
+            self.live_cache.finish_corrector()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means observed since the last time."""
+        super().log({**logs, **self.step_log.drain()} if "loss" in logs else logs, start_time)
+
+    # ------------------------------------------------------------------ judgement
+
+    def encode_queries(self, split: Dataset, model: DualEncoderModel | None = None) -> torch.Tensor:
+        """Encode a split's queries, ``(q, dim)`` float32, and count the passes."""
+        texts = column(split, "query")
+        self.cost["query_passes"] += len(texts)
+        encoder = self.model if model is None else model
+        return encoder.encode_tokens(
+            encoder.tokenize(texts, "query"), "query", token_budget=self.args.token_budget,
+            compute_dtype=compute_dtype_of(self.args),
+        )  # fmt: skip
+
+    def encode_fresh(self) -> TargetVectors:
+        """Encode all targets with the current weights into memory, and count the passes."""
+        self.prepare()
+        self.cost["final_target_passes"] += len(self.targets)
+        rows, progress = np.arange(len(self.targets)), not self.args.disable_tqdm
+        with tqdm(total=len(rows), desc="encode fresh targets", unit="text", disable=not progress) as bar:
+            return TensorVectors(
+                encode_rows(self.model, self.tokens, rows, options=encode_options_of(self.args), bar=bar)
+            )
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Search the targets as training sees them (corrected, or as cached) and log the quality.
+
+        Costs one pass per query and none per target, unless training needs no cache: then all targets are encoded.
+
+        Args:
+            eval_dataset: Queries; the trainer's own if not given.
+            ignore_keys: Not used; part of transformers' signature.
+            metric_key_prefix: Put before the names of the metrics.
+
+        Returns:
+            ``{"eval_mrr@10": …, "eval_recall@10": …, …}``.
+        """
+        split = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(split, dict):
+            metrics: dict[str, float] = {}
+            for name, one in split.items():
+                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if split is None:
+            raise ConfigurationError(
+                "evaluate", expected="an eval_dataset", got="None", cure="Pass one to the trainer or to evaluate()."
+            )
+        self.prepare()
+        started = time.time()
+        view = self.encode_fresh() if self.live_cache is None else self.live_cache.corrected
+        ranked = ExactIndex(view, device=self.args.device).search(self.encode_queries(split), 100).rows.cpu().numpy()
+        values = quality(ranked, positives_as_rows(split, self.targets))
+        metrics = {f"{metric_key_prefix}_{name}": float(value.mean()) for name, value in values.items()}
+        metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(column(split, "query")))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def judge(
+        self, split: Dataset, *, old_model: DualEncoderModel | None = None, options: JudgeOptions | None = None
+    ) -> StalenessReport:
+        """Compare stale, corrected and fresh targets, and the old model kept, on one split; re-encodes the corpus.
+
+        Args:
+            split: Queries with judgements, not trained on.
+            old_model: The encoder training started from, for the condition ``old``.
+            options: How to measure.
+
+        Raises:
+            CacheMismatchError: If ``old_model`` is not the encoder that made the first cache.
+        """
+        live = self._need_cache("judge")
+        old_queries = None
+        if old_model is not None:
+            _check_old_model(old_model, live.first)
+            old_queries = self.encode_queries(split, old_model)
+        conditions = Conditions(
+            queries=self.encode_queries(split), stale=live.cache, corrected=live.corrected, fresh=self.encode_fresh(),
+            old_queries=old_queries, old=live.first if old_model is not None else None,
+        )  # fmt: skip
+        return measure_staleness(
+            conditions, positives_as_rows(split, self.targets), fitted_rows=self.fitted_rows,
+            scale=self.model.config.scale, options=options,
+        )  # fmt: skip
+
+    @property
+    def fitted_rows(self) -> np.ndarray:
+        """Rows of the targets the corrector was fitted on, ``(n,)`` int64; none without a corrector."""
+        if self.live_cache is None or self.live_cache.online is None:
+            return np.zeros(0, dtype=np.int64)
+        rows: np.ndarray = self.live_cache.online.fitted_rows.numpy()
+        return rows
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_extra_state(self, folder: Path) -> None:
+        """Write costs, caches and the corrector's pairs into a checkpoint."""
+        if self.live_cache is None:
+            write_json(folder / STATE_FILE, {"cost": self.cost, "caches": []})
+        else:
+            self.live_cache.save(folder, self.cost)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model, tokenizers and corrector, with which targets the corrector was fitted on."""
+        super().save_model(output_dir, _internal_call)
+        if self.live_cache is not None and self.live_cache.online is not None and self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER
+            FittedTargets(self.live_cache.cache.texts_hash, tuple(self.fitted_rows.tolist())).save(folder)
+
+    def load_extra_state(self, folder: Path) -> None:
+        """Read costs; caches and pairs are restored by :meth:`prepare`."""
+        state = read_json(folder / STATE_FILE)
+        self.cost = {**dict.fromkeys(COSTS, 0), **state["cost"]}
+        self._resumed_from, self._resumed_with_cache, self._prepared = folder, bool(state["caches"]), False
+
+
+def _splits(eval_dataset: Dataset | dict[str, Dataset] | None) -> Sequence[Dataset]:
+    if eval_dataset is None:
+        return []
+    return list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+
+
+def _check_types(model: Any, args: Any) -> None:
+    if not isinstance(model, DualEncoderModel) or not isinstance(args, DualEncoderTrainingArguments):
+        raise ConfigurationError(
+            "DualEncoderTrainer", expected="a DualEncoderModel and DualEncoderTrainingArguments",
+            got=f"{type(model).__name__} and {type(args).__name__}",
+            cure="Make the model with DualEncoderModel.from_encoder(...).",
+        )  # fmt: skip
+
+
+def _attach_corrector(model: DualEncoderModel, args: DualEncoderTrainingArguments) -> None:
+    """Give the model a corrector as the arguments ask, or go on with the one of the same kind it has."""
+    if not args.uses_corrector:
+        if model.corrector is not None:
+            model.corrector.requires_grad_(False)
+        return
+    dim = model.config.embedding_dim
+    config = CorrectorConfig(
+        kind=args.corrector_kind, input_dim=dim, hidden_dim=args.corrector_hidden_dim,
+        activation=args.corrector_activation, normalize_output=model.config.normalize,
+    )  # fmt: skip
+    if model.corrector is None or model.corrector.config.kind != config.kind:
+        model.corrector = CorrectorModel(config)
+        model.config.corrector = config
+    model.corrector.requires_grad_(False)
+
+
+def _check_given_cache(cache: TargetCache, targets: Dataset, model: DualEncoderModel) -> None:
+    if cache.texts_hash != texts_hash(targets):
+        raise CacheMismatchError(
+            str(cache.path), expected="a cache of these targets, in this order", got="other ids or texts",
+            cure="Pass the corpus the cache was made from.",
+        )  # fmt: skip
+    if cache.dim != model.config.embedding_dim:
+        raise CacheMismatchError(
+            str(cache.path), expected=f"vectors of size {model.config.embedding_dim}", got=f"size {cache.dim}",
+            cure="Train an encoder of the cache's size, or make a new cache.",
+        )  # fmt: skip
+
+
+def _check_old_model(old_model: DualEncoderModel, first: TargetCache) -> None:
+    weights = old_model.fingerprint("target").weights
+    if weights != first.fingerprint.weights:
+        raise CacheMismatchError(
+            "judge", expected=f"the encoder that made {first.path} ({first.fingerprint.name}, weights "
+            f"{first.fingerprint.weights})", got=f"{old_model.config.name_or_path}, weights {weights}",
+            cure="Pass the model training started from.",
+        )  # fmt: skip

@@ -1,0 +1,155 @@
+"""The cache of a training run: made once, seen through the corrector, refreshed or reopened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+
+from hf_corrector._files import atomic_write, read_json, write_json
+from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.corrected_targets import CorrectedTargets
+from hf_corrector.data.tokens import TokenStore
+from hf_corrector.encoding import EncodeOptions, build_cache
+from hf_corrector.errors import CheckpointError
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.corrector_trainer import CorrectorFitting, OnlineCorrector
+
+STATE_FILE = "corrector_state.json"
+STATE_TENSORS = "corrector_state.safetensors"
+
+
+class LiveCache:
+    """A cache in use by a training run.
+
+    Args:
+        cache: The cache to start with.
+        model: The encoder, with the corrector if one is trained.
+        args: Arguments of the run.
+        first: The cache the run started with; ``cache`` if not given.
+
+    Attributes:
+        cache: The vectors in use.
+        first: Those training started with; the same until a refresh.
+        stale: The vectors as they are.
+        corrected: The vectors through the corrector; ``stale`` without one.
+        online: What fits the corrector, or None.
+    """
+
+    def __init__(
+        self,
+        cache: TargetCache,
+        model: DualEncoderModel,
+        args: DualEncoderTrainingArguments,
+        *,
+        first: TargetCache | None = None,
+    ) -> None:
+        self._model, self._args = model, args
+        self.first = cache if first is None else first
+        self._use(cache)
+
+    def _use(self, cache: TargetCache) -> None:
+        self.cache = cache
+        self.stale = CorrectedTargets(cache, None, device=self._args.device)
+        self.corrected, self.online = self.stale, None
+        corrector = self._model.corrector
+        if corrector is not None and self._args.uses_corrector:
+            self.corrected = CorrectedTargets(cache, corrector, device=self._args.device)
+            self.online = OnlineCorrector(
+                corrector, cache.gather, num_targets=len(cache), fitting=fitting_of(self._args)
+            )
+
+    def update_corrector(self, step: int) -> None:
+        """Let the corrector follow the drift after a step."""
+        if self.online is not None and self.online.update(step):
+            self.corrected.invalidate()
+
+    def finish_corrector(self) -> None:
+        """Fit the corrector once more when training ends."""
+        if self.online is not None and self.online.finish():
+            self.corrected.invalidate()
+
+    def refresh(self, targets: Dataset, tokens: TokenStore) -> int:
+        """Encode all targets anew with the current weights; the corrector starts again at the identity.
+
+        Returns:
+            Targets encoded.
+        """
+        generation = self.cache.manifest.generation + 1
+        built = build_cache(
+            self._model, targets, Path(str(self._args.output_dir)) / f"cache-{generation:04d}", tokens=tokens,
+            options=encode_options_of(self._args), generation=generation,
+        )  # fmt: skip
+        if self._model.corrector is not None and self._args.uses_corrector:
+            self._model.corrector.reset()
+        self._use(built.cache)
+        return built.encoded
+
+    def save(self, folder: Path, cost: dict[str, int]) -> None:
+        """Write into a checkpoint which caches are in use, and the corrector's pairs."""
+        tensors = {} if self.online is None else self.online.state()
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        atomic_write(folder / STATE_TENSORS, lambda path: save_file(contiguous, path))
+        named = [
+            {"path": str(one.path.absolute()), "checksum": one.manifest.checksum} for one in (self.first, self.cache)
+        ]
+        write_json(folder / STATE_FILE, {"cost": cost, "caches": named})
+
+    @classmethod
+    def reopen(cls, folder: Path, model: DualEncoderModel, args: DualEncoderTrainingArguments) -> LiveCache:
+        """Open the caches a checkpoint names, and restore the corrector's pairs.
+
+        Raises:
+            CheckpointError: If a cache is gone or was replaced.
+        """
+        named = read_json(folder / STATE_FILE)["caches"]
+        if not named:
+            raise CheckpointError(
+                str(folder), expected="the names of its caches", got="none",
+                cure="Resume with the arguments the run was started with.",
+            )  # fmt: skip
+        first, current = (_open_named(folder, entry) for entry in (named[0], named[-1]))
+        live = cls(current, model, args, first=first)
+        if live.online is not None:
+            live.online.load_state(load_file(folder / STATE_TENSORS))
+        return live
+
+
+def _open_named(folder: Path, entry: dict[str, str]) -> TargetCache:
+    path = Path(entry["path"])
+    if not path.is_dir():
+        raise CheckpointError(
+            str(folder), expected=f"the cache {path}", got="no such folder",
+            cure="Put the cache back; it cannot be made again from later weights.",
+        )  # fmt: skip
+    cache = TargetCache.open(path)
+    if cache.manifest.checksum != entry["checksum"]:
+        raise CheckpointError(
+            str(folder), expected=f"the cache {path} as it was when the checkpoint was written",
+            got="another cache in that folder", cure="Put the cache back, or train from the start.",
+        )  # fmt: skip
+    return cache
+
+
+def compute_dtype_of(args: DualEncoderTrainingArguments) -> str:
+    """Return the arithmetic of the encoder, as ``--bf16`` and ``--fp16`` say."""
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+
+
+def encode_options_of(args: DualEncoderTrainingArguments) -> EncodeOptions:
+    """Return how a run encodes its corpus."""
+    return EncodeOptions(
+        cache_dtype=args.cache_dtype, compute_dtype=compute_dtype_of(args), token_budget=args.token_budget,
+        progress=not args.disable_tqdm,
+    )  # fmt: skip
+
+
+def fitting_of(args: DualEncoderTrainingArguments) -> CorrectorFitting:
+    """Return how a run fits its corrector."""
+    return CorrectorFitting(
+        window=args.corrector_window, update_steps=args.corrector_update_steps,
+        learning_rate=args.corrector_learning_rate, batch_size=args.corrector_batch_size,
+        updates=args.corrector_updates, seed=args.seed,
+    )  # fmt: skip

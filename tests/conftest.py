@@ -1,0 +1,20 @@
+"""Encoders shared by all tests."""
+
+from __future__ import annotations
+
+import pytest
+from model_helpers import save_bert
+
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny BERT with random weights and a real fast tokenizer; do not write into it."""
+    return save_bert(tmp_path_factory.mktemp("encoder") / "tiny-bert")
+
+
+@pytest.fixture
+def tiny_model(tiny_encoder: str) -> DualEncoderModel:
+    """A dual encoder of the tiny BERT, new for every test."""
+    return DualEncoderModel.from_encoder(tiny_encoder)
