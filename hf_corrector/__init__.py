@@ -1,7 +1,7 @@
 """Correct stale target embeddings instead of re-encoding them.
 
 Target corrector networks (arXiv 2409.01890) move cached embeddings to where the current encoder would put them.
-Names are imported when they are first used, so that ``import hf_corrector`` costs nothing.
+Importing the package makes its models known to transformers' auto classes; everything else is imported on first use.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderConfig, DualEncoderModel
 from hf_corrector.version import __version__
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from hf_corrector.data.stdlib import standard_library_data
     from hf_corrector.encoding import EncodeOptions, build_cache
     from hf_corrector.evaluation.staleness import measure_staleness
-    from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderConfig, DualEncoderModel
     from hf_corrector.records import EncoderFingerprint, RunRecord
     from hf_corrector.training.arguments import DualEncoderTrainingArguments
     from hf_corrector.training.corrector_trainer import fit_corrector
@@ -28,10 +28,6 @@ _HOMES = {
     "from_pairs": "hf_corrector.data.datasets",
     "RetrievalData": "hf_corrector.data.datasets",
     "standard_library_data": "hf_corrector.data.stdlib",
-    "DualEncoderConfig": "hf_corrector.models",
-    "DualEncoderModel": "hf_corrector.models",
-    "CorrectorConfig": "hf_corrector.models",
-    "CorrectorModel": "hf_corrector.models",
     "TargetCache": "hf_corrector.cache.target_cache",
     "EncodeOptions": "hf_corrector.encoding",
     "build_cache": "hf_corrector.encoding",

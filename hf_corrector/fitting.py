@@ -15,6 +15,7 @@ PRIORS = ("identity", "procrustes", "zero")
 # Relative to the mean eigenvalue of the stale vectors' covariance.
 RELATIVE_RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 5))
 MAX_LOO_ROWS = 2048
+PRIOR_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Pairs:
         """
         weights = torch.ones(len(stale)) if weights is None else weights
         _check_pairs(stale, fresh, weights)
+        if target_rows is not None and target_rows.shape != (len(stale),):
+            raise ConfigurationError(
+                "corrector fit", expected=f"one target row for each of {len(stale)} pairs",
+                got=f"shape {tuple(target_rows.shape)}", cure="Pass the row of every pair's target.",
+            )  # fmt: skip
         stale, fresh, weights = stale.double().cpu(), fresh.double().cpu(), weights.double().cpu()
         if target_rows is not None:
             unique, group = torch.unique(target_rows.cpu(), return_inverse=True)
@@ -126,8 +132,8 @@ def fit_affine(
     """Fit an affine map by ridge regression towards a prior, choosing both by leave-one-target-out error.
 
     The leave-one-out residual of a linear smoother is its residual divided by one minus the leverage (Allen's PRESS),
-    so the choice costs no second fit. The Procrustes prior itself is estimated from all pairs; its error is therefore
-    slightly optimistic.
+    so the choice costs no second fit. The Procrustes prior is itself estimated from the pairs and, where these are few,
+    fits them far better than it fits others: each target's error takes the rotation estimated without its fold.
 
     Args:
         pairs: What to fit on.
@@ -148,7 +154,7 @@ def fit_affine(
         )  # fmt: skip
     best: tuple[float, str, float] | None = None
     for prior in usable:
-        errors = problem.loo_errors(problem.prior_map(prior), relative_ridges)
+        errors = problem.loo_errors(prior, relative_ridges)
         index = min(range(len(errors)), key=lambda one: (errors[one], -relative_ridges[one]))
         if best is None or errors[index] < best[0]:
             best = (errors[index], prior, relative_ridges[index])
@@ -173,9 +179,11 @@ class _RidgeProblem:
         self.stale = pairs.stale - self.stale_mean
         self.fresh = pairs.fresh - self.fresh_mean
         covariance = self.stale.T @ (self.stale * share)
-        values, self.vectors = torch.linalg.eigh(covariance)
-        self.values = values.clamp(min=0.0)
-        self.unit = max(float(self.values.mean()), torch.finfo(torch.float64).tiny)
+        values, vectors = torch.linalg.eigh(covariance)
+        # A spread below the precision of float32 embeddings is rounding; following it would be fitting noise.
+        rounding = torch.finfo(torch.float32).eps ** 2 * float((pairs.stale.square() * share).sum(dim=0).mean())
+        self.values, self.vectors = values[values > rounding], vectors[:, values > rounding]
+        self.unit = float(self.values.sum()) / len(values) or 1.0
         self.cross = self.stale.T @ (self.fresh * share)
         self.covariance = covariance
 
@@ -186,9 +194,7 @@ class _RidgeProblem:
             case "identity":
                 return torch.eye(dim_out, dim_in, dtype=torch.float64)
             case "procrustes":
-                left, _, right = torch.linalg.svd(self.cross.T, full_matrices=False)
-                rotation: torch.Tensor = left @ right
-                return rotation
+                return _rotation(self.cross)
             case _:
                 return torch.zeros(dim_out, dim_in, dtype=torch.float64)
 
@@ -199,23 +205,53 @@ class _RidgeProblem:
         solution: torch.Tensor = prior_map + (self.vectors @ shrunk).T
         return solution
 
-    def loo_errors(self, prior_map: torch.Tensor, relative_ridges: tuple[float, ...]) -> list[float]:
+    def loo_errors(self, prior: str, relative_ridges: tuple[float, ...]) -> list[float]:
         """Return the weighted mean squared leave-one-target-out error for each ridge.
 
         Above :data:`MAX_LOO_ROWS` targets an evenly spaced subset is judged; every one was fitted on.
         """
-        picked = torch.linspace(0, len(self.stale) - 1, min(len(self.stale), MAX_LOO_ROWS)).round().long()
-        stale, share = self.stale[picked], self.share[picked, 0]
-        residual = self.fresh[picked] - stale @ prior_map.T
+        picked = torch.linspace(0, len(self.stale) - 1, min(len(self.stale), MAX_LOO_ROWS), dtype=torch.float64)
+        picked = picked.round().long()
+        if prior != "procrustes":
+            folds = [(picked, self.prior_map(prior))]
+        else:
+            count = min(PRIOR_FOLDS, len(self.stale))
+            folds = [(picked[picked % count == fold], self._rotation_without(fold, count)) for fold in range(count)]
+        errors = torch.stack([self._squared_errors(rows, prior_map, relative_ridges) for rows, prior_map in folds])
+        mean: list[float] = (errors.sum(dim=0) / self.share[picked].sum()).tolist()
+        return mean
+
+    def _rotation_without(self, fold: int, count: int) -> torch.Tensor:
+        """Return the best rotation for all targets but every ``count``-th from ``fold`` on."""
+        stale, fresh, share = self.stale[fold::count], self.fresh[fold::count], self.share[fold::count]
+        # All targets together are centred, so what is left has the opposite sum of what is left out.
+        stale_sum, fresh_sum = (stale * share).sum(dim=0), (fresh * share).sum(dim=0)
+        left = self.cross - stale.T @ (fresh * share) - torch.outer(stale_sum, fresh_sum) / (1.0 - share.sum())
+        return _rotation(left)
+
+    def _squared_errors(
+        self, rows: torch.Tensor, prior_map: torch.Tensor, relative_ridges: tuple[float, ...]
+    ) -> torch.Tensor:
+        """Return the weighted sum of some rows' squared leave-one-target-out errors for each ridge, ``(ridges,)``."""
+        stale, share = self.stale[rows], self.share[rows, 0]
+        residual = (self.fresh[rows] - stale @ prior_map.T).float()
         scores = stale @ self.vectors
+        single_scores = scores.float()
         loadings = self.vectors.T @ (self.cross - self.covariance @ prior_map.T)
         errors = []
         for ridge in relative_ridges:
             damping = 1.0 / (self.values + ridge * self.unit)
             leverage = share * (1.0 + (scores.square() * damping).sum(dim=1))
             # Only ranks candidates, so float32 is enough for this, the largest product of all.
-            fitted = (scores * damping).float() @ loadings.float()
-            squared = (residual.float() - fitted).double().square().sum(dim=1)
+            fitted = single_scores @ (damping[:, None] * loadings).float()
+            squared = (residual - fitted).double().square().sum(dim=1)
             held_out = squared / (1.0 - leverage).clamp(min=1e-6).square()
-            errors.append(float((held_out * share).sum() / share.sum()))
-        return errors
+            errors.append((held_out * share).sum())
+        return torch.stack(errors)
+
+
+def _rotation(cross: torch.Tensor) -> torch.Tensor:
+    """Return the (semi-)orthogonal map closest to a cross-covariance ``(dim_in, dim_out)``, ``(dim_out, dim_in)``."""
+    left, _, right = torch.linalg.svd(cross.T, full_matrices=False)
+    rotation: torch.Tensor = left @ right
+    return rotation

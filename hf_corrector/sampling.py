@@ -142,13 +142,15 @@ def draw_softmax(
     blocks = _ScoreBlocks(score_block, num_targets, scale=scale, excluded=excluded)
     log_mass = blocks.log_masses()
     log_normalizer = torch.logsumexp(log_mass, dim=1)
-    mass = torch.exp(log_mass - log_normalizer[:, None]).nan_to_num(0.0)
-    uniforms = torch.from_numpy(keys.uniforms(k, stream=1)).to(mass.device)
-    batch = len(mass)
-    ids = torch.full((batch, k), -1, dtype=torch.int64, device=mass.device)
-    logits = torch.full((batch, k), float("-inf"), dtype=torch.float64, device=mass.device)
-    everyone = torch.arange(batch, device=mass.device)
+    uniforms = torch.from_numpy(keys.uniforms(k, stream=1)).to(log_mass.device)
+    batch = len(log_mass)
+    ids = torch.full((batch, k), -1, dtype=torch.int64, device=log_mass.device)
+    logits = torch.full((batch, k), float("-inf"), dtype=torch.float64, device=log_mass.device)
+    everyone = torch.arange(batch, device=log_mass.device)
     for draw in range(k):
+        # Relative to what is left, so that a target however unlikely at first is drawn before the targets run out.
+        left = torch.logsumexp(log_mass, dim=1, keepdim=True)
+        mass = torch.exp(log_mass - left).nan_to_num(0.0)
         cumulative = mass.cumsum(dim=1)
         point = uniforms[:, draw : draw + 1] * cumulative[:, -1:]
         block = torch.searchsorted(cumulative, point, right=True).clamp(max=mass.shape[1] - 1)
@@ -158,13 +160,13 @@ def draw_softmax(
         taken = ids[:, :draw] - block[:, None] * BLOCK_ROWS
         inside = (taken >= 0) & (taken < BLOCK_ROWS) & (ids[:, :draw] >= 0)
         block_logits[everyone[:, None].expand_as(taken)[inside], taken[inside]] = float("-inf")
-        weights = torch.exp(block_logits - log_normalizer[:, None]).nan_to_num(0.0)
+        weights = torch.exp(block_logits - left).nan_to_num(0.0)
         column = _inverse_cdf(weights, point - before)
         alive = weights.gather(1, column[:, None])[:, 0] > 0
         ids[:, draw] = torch.where(alive, block * BLOCK_ROWS + column, ids[:, draw])
         logits[:, draw] = torch.where(alive, block_logits[everyone, column], logits[:, draw])
-        weights[everyone, column] = 0.0
-        mass[everyone, block] = weights.sum(dim=1)
+        block_logits[everyone, column] = float("-inf")
+        log_mass[everyone, block] = torch.logsumexp(block_logits, dim=1)
     return SoftmaxDraws(ids=ids, scores=(logits / scale).float(), log_normalizer=log_normalizer)
 
 
@@ -198,8 +200,9 @@ class _ScoreBlocks:
         return torch.stack(masses, dim=1)
 
     def logits_of(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Return each query's scaled scores in the block chosen for it, ``(batch, BLOCK_ROWS)`` float64."""
-        chosen = torch.full((len(blocks), BLOCK_ROWS), float("-inf"), dtype=torch.float64, device=blocks.device)
+        """Return each query's scaled scores in the block chosen for it, ``(batch, widest block)`` float64."""
+        shape = (len(blocks), min(BLOCK_ROWS, self._num_targets))
+        chosen = torch.full(shape, float("-inf"), dtype=torch.float64, device=blocks.device)
         for block in torch.unique(blocks).tolist():
             rows = (blocks == block).nonzero()[:, 0]
             logits = self._kept[block] if self._kept else self._logits(block * BLOCK_ROWS)

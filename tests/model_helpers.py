@@ -10,7 +10,7 @@ from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
 from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer, WordPieceTrainer
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     BertConfig,
     BertModel,
@@ -34,23 +34,23 @@ TEXTS = [
 HIDDEN = 32
 POSITIONS = 64
 BERT = BertConfig(
-    vocab_size=200, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+    vocab_size=240, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
     max_position_embeddings=POSITIONS, initializer_range=0.5, pad_token_id=0,
 )  # fmt: skip
 
 
 def wordpiece_tokenizer(*, lowercase: bool = True) -> PreTrainedTokenizerFast:
-    """Train a WordPiece tokenizer with BERT's special tokens on TEXTS."""
-    backend = Tokenizer(WordPiece(unk_token="[UNK]"))
+    """Make a WordPiece tokenizer that knows the words of TEXTS, single letters, and BERT's special tokens."""
+    # Spelled out, as the trainer of the library numbers its tokens differently in every process.
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:,.")
+    words = sorted({word for text in TEXTS for word in text.replace(",", "").split()})
+    tokens = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    letters = list("abcdefghijklmnopqrstuvwxyz0123456789:,.")
-    trainer = WordPieceTrainer(
-        vocab_size=180, special_tokens=special, initial_alphabet=letters, limit_alphabet=60, show_progress=False
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    pairs = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    pairs = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
     backend.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=pairs)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",

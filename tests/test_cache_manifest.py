@@ -30,7 +30,8 @@ def entry(file: str, rows: int, row0: int, size: int) -> dict[str, Any]:
 def manifest_dict() -> dict[str, Any]:
     return {
         "format_version": 1, "generation": 0, "rows": 6, "dim": 4, "dtype": "float32",
-        "fingerprint": FINGERPRINT.__dict__, "texts_hash": "t", "ids_hash": "i", "shard_rows": 4, "created": 1, "writer_version": "0",
+        "fingerprint": FINGERPRINT.__dict__, "texts_hash": "t", "ids_hash": "i", "shard_rows": 4, "created": 1,
+        "writer_version": "0",
         "shards": [entry("emb-0.safetensors", 4, 0, 4096 + 64), entry("emb-1.safetensors", 2, 4, 4096 + 32)],
         "ids": entry("ids.safetensors", 6, 0, 4096 + 56 + 60),
     }  # fmt: skip

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -57,6 +62,40 @@ def test_an_atomic_write_replaces_the_file_by_another_one(tmp_path: Path) -> Non
         atomic_write(path, lambda temporary: temporary.write_text("new") and None)
         assert reader.read() == "old"
     assert path.read_text() == "new"
+
+
+def traced_calls(folder: Path) -> list[str]:
+    """Write a file in a traced process; return its calls that flush or rename, in order."""
+    code = (
+        "import sys; from pathlib import Path; from hf_corrector._files import make_directory, write_json\n"
+        "make_directory(Path(sys.argv[1])); write_json(Path(sys.argv[1]) / 'a.json', {})"
+    )
+    trace = folder / "trace"
+    command = [
+        "strace",
+        "-f",
+        "--seccomp-bpf",
+        "-y",
+        "-e",
+        "trace=fsync,fdatasync,rename,renameat,renameat2,mkdir",
+        "-o",
+        str(trace),
+    ]
+    subprocess.run([*command, sys.executable, "-c", code, str(folder / "new" / "inner")], check=True)
+    calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines() if f"{folder}" in line]
+    return [re.sub(r"\d+<", "<", call.replace(str(folder), "").rsplit(" = ", 1)[0]).rstrip() for call in calls]
+
+
+@pytest.mark.skipif(shutil.which("strace") is None or platform.machine() != "x86_64", reason="needs strace on x86-64")
+def test_data_are_flushed_before_the_name_appears_and_the_folder_after(tmp_path: Path) -> None:
+    calls = [re.sub(r"\.\d+\.tmp", ".tmp", call) for call in traced_calls(tmp_path)]
+    assert [call for call in calls if not call.startswith("mkdir")] == [
+        "fsync(</new>)",
+        "fsync(<>)",
+        "fsync(</new/inner/a.json.tmp>)",
+        'rename("/new/inner/a.json.tmp", "/new/inner/a.json")',
+        "fsync(</new/inner>)",
+    ]
 
 
 def test_make_directory_creates_parents_and_accepts_an_existing_folder(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class PackedIds(Sequence[str]):
             ends.append(len(data))
         packed = cls(np.frombuffer(ends, dtype=np.int64), np.frombuffer(data, dtype=np.uint8))
         twice = packed.first_duplicate()
+        packed._lookup = None  # 16 bytes per row that a long build has no use for
         if twice is not None:
             raise DataError(
                 "ids", expected="a different id for every row",

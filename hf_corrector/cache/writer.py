@@ -253,7 +253,8 @@ class CacheWriter:
             given = _as_tensor(vectors[start : start + step])
             self._refuse_bad_row(file, given, row0 + start, given)
             stored = given.to(stored_dtype(self.plan.dtype).torch).contiguous()
-            self._refuse_bad_row(file, stored, row0 + start, given)
+            if stored is not given:
+                self._refuse_bad_row(file, stored, row0 + start, given)
             yield stored.view(torch.uint8).numpy().data.cast("B")
 
     def _refuse_bad_row(self, file: str, vectors: torch.Tensor, row0: int, given: torch.Tensor) -> None:

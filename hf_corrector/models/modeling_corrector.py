@@ -37,7 +37,10 @@ class CorrectorModel(PreTrainedModel):
     base_model_prefix = "corrector"
     main_input_name = "stale"
     # A corrector is tiny and its error is the whole point: a half-precision copy would cost accuracy and save nothing.
-    _keep_in_fp32_modules_strict = ["shift", "mean", "weight", "bias", "skip", "hidden", "output"]  # noqa: RUF012
+    # The anchors keep these names, read as patterns by transformers, from matching weights of a model around this one.
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "^shift", "^mean", "^weight", "^bias", "^skip", "^hidden", "^output",
+    ]  # fmt: skip
 
     def __init__(self, config: CorrectorConfig) -> None:
         super().__init__(config)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from hf_corrector.batching import DEFAULT_TOKEN_BUDGET, pad_tokens, token_budget_batches
@@ -20,7 +20,15 @@ from hf_corrector.losses import truncated_softmax_loss
 from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig, check_settings, hidden_size
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.sentence_transformers_format import SentenceTransformerSettings, read_settings
-from hf_corrector.models.towers import hash_modules, hash_tokenizer, pool, tower_from_config, tower_from_pretrained
+from hf_corrector.models.towers import (
+    TowerSource,
+    check_complete,
+    hash_modules,
+    hash_tokenizer,
+    longest_input,
+    pool,
+    tower_from_config,
+)
 from hf_corrector.records import EncoderFingerprint
 
 Role = Literal["query", "target"]
@@ -77,6 +85,7 @@ class DualEncoderModel(PreTrainedModel):
     main_input_name = "queries"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
+    _keep_in_fp32_modules_strict = ["corrector"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -152,28 +161,23 @@ class DualEncoderModel(PreTrainedModel):
         """
         check_settings(settings)
         found = read_settings(name, revision)
-        subfolder = "" if found is None else found.encoder_subfolder
-        encoder_config = _tower_config(name, revision, subfolder, num_hidden_layers)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder)
-        length = min(int(tokenizer.model_max_length), _LONGEST_DEFAULT)
-        merged = {
-            "query_max_length": length, "target_max_length": length,
-            **({} if found is None else found.settings), **settings,
-        }  # fmt: skip
-        other = target_name or (name if separate_towers else None)
-        other_subfolder = subfolder if target_name is None else ""
-        target_config = None if other is None else _tower_config(other, None, other_subfolder, num_hidden_layers)
-        config = DualEncoderConfig(encoder=encoder_config, target_encoder=target_config, **merged)
-        config.name_or_path = name
-        encoder = tower_from_pretrained(name, config.encoder, revision=revision, subfolder=subfolder)
-        target_encoder = None
-        if other is not None:
-            target_encoder = tower_from_pretrained(
-                other, config.target_encoder, revision=None, subfolder=other_subfolder
-            )
-        model = cls(config, encoder, target_encoder)
-        model.tokenizer = tokenizer
-        model.target_tokenizer = tokenizer if target_name is None else AutoTokenizer.from_pretrained(target_name)
+        source = TowerSource(name, revision, "" if found is None else found.encoder_subfolder, num_hidden_layers)
+        target_source = source if target_name is None else TowerSource(target_name, None, "", num_hidden_layers)
+        separate = separate_towers or target_name is not None
+        config, tokenizer = source.load_config(), source.load_tokenizer()
+        target_config, target_tokenizer = target_source.load_config(), target_source.load_tokenizer()
+        lengths = {
+            "query_max_length": longest_input(config, tokenizer),
+            "target_max_length": longest_input(target_config, target_tokenizer),
+        }
+        if found is None:
+            lengths = {role: min(length, _LONGEST_DEFAULT) for role, length in lengths.items()}
+        merged = {**lengths, **({} if found is None else found.settings), **settings}
+        full = DualEncoderConfig(encoder=config, target_encoder=target_config if separate else None, **merged)
+        full.name_or_path = name
+        target_encoder = target_source.load_weights(full.target_encoder) if separate else None
+        model = cls(full, source.load_weights(full.encoder), target_encoder)
+        model.tokenizer, model.target_tokenizer = tokenizer, target_tokenizer if separate else tokenizer
         if found is not None and "projection_dim" not in settings:
             model._set_projection(found)
         return model.eval()
@@ -215,9 +219,14 @@ class DualEncoderModel(PreTrainedModel):
             name: Folder or Hub id.
             args: Handed to transformers' ``from_pretrained``.
             kwargs: Handed to transformers' ``from_pretrained``; ``dtype`` is float32 if not given.
+
+        Raises:
+            ConfigurationError: If the checkpoint lacks weights.
         """
-        kwargs.setdefault("dtype", torch.float32)
-        model: DualEncoderModel = super().from_pretrained(name, *args, **kwargs)
+        kwargs = {"dtype": torch.float32, **kwargs, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(name, *args, **kwargs)
+        model: DualEncoderModel = loaded[0]
+        check_complete(name, model, loaded[1])
         loading = {key: kwargs[key] for key in _LOADING_ARGUMENTS if key in kwargs}
         model.tokenizer = AutoTokenizer.from_pretrained(name, **loading)
         model.target_tokenizer = model.tokenizer
@@ -304,10 +313,11 @@ class DualEncoderModel(PreTrainedModel):
         states = tower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
         with torch.autocast(states.device.type, enabled=False):
             pooled = pool(states, tokens["attention_mask"], self.config.pooling)
-            pooled = pooled if head is None else head(pooled)
+            pooled = pooled if head is None else head(pooled.to(head.weight.dtype)).float()
             return F.normalize(pooled, dim=-1) if self.config.normalize else pooled
 
-    @torch.inference_mode()
+    # Not inference_mode: its tensors could not be used in training, as targets of a corrector for instance.
+    @torch.no_grad()
     def encode_tokens(
         self,
         token_lists: Sequence[Sequence[int]],
@@ -415,15 +425,3 @@ class DualEncoderModel(PreTrainedModel):
         """Estimate the operations of a step on its queries and positives (sampled targets are not known here)."""
         tokens = sum(inputs[name]["input_ids"].numel() for name in ("queries", "positives"))
         return 6 * tokens * self.num_parameters(exclude_embeddings=exclude_embeddings)
-
-
-def _tower_config(name: str, revision: str | None, subfolder: str, num_hidden_layers: int | None) -> Any:
-    config = AutoConfig.from_pretrained(name, revision=revision, subfolder=subfolder)
-    if num_hidden_layers is not None:
-        if not 1 <= num_hidden_layers <= config.get_text_config().num_hidden_layers:
-            raise ConfigurationError(
-                f"num_hidden_layers of {name}", expected=f"1 to {config.get_text_config().num_hidden_layers}",
-                got=str(num_hidden_layers), cure="Choose a number in that range.",
-            )  # fmt: skip
-        config.get_text_config().num_hidden_layers = num_hidden_layers
-    return config

@@ -22,6 +22,12 @@ _LEGACY_POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_ENDINGS = ((), ("Dense",), ("Normalize",), ("Dense", "Normalize"))
+# The first is written today, the others by releases of long ago.
+_TRANSFORMER_CONFIGS = tuple(
+    f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta")
+)
+_TOKEN_STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 _IDENTITY_ACTIVATIONS = {"torch.nn.modules.linear.Identity", "torch.nn.Identity"}
 
 
@@ -52,25 +58,30 @@ def read_settings(name: str, revision: str | None = None) -> SentenceTransformer
     modules = _load(name, "modules.json", revision)
     if modules is None:
         return None
-    settings: dict[str, Any] = {"normalize": False}
-    subfolder, projection = "", None
-    for module in modules:
-        kind, path = module["type"].rsplit(".", 1)[-1], module["path"]
-        match kind:
-            case "Transformer":
-                subfolder = path
-                settings.update(_max_lengths(name, path, revision))
-            case "Pooling":
-                settings["pooling"] = _pooling(_load(name, f"{path}/config.json", revision) or {})
-            case "Normalize":
-                settings["normalize"] = True
-            case "Dense" if projection is None:
-                projection = _dense(name, path, revision)
-                settings["projection_dim"] = projection[0].shape[0]
-            case _:
-                raise _unsupported(name, f"the module {module['type']}")
-    settings.update(_prompts(_load(name, "config_sentence_transformers.json", revision) or {}))
-    return SentenceTransformerSettings(settings, subfolder, projection)
+    paths = _paths_by_kind(name, modules)
+    settings: dict[str, Any] = _transformer(name, paths["Transformer"], revision)
+    settings["pooling"] = _pooling(name, _load(name, f"{paths['Pooling']}/config.json", revision) or {})
+    settings["normalize"] = "Normalize" in paths
+    if settings["normalize"]:
+        _refuse_token_level(name, _load(name, f"{paths['Normalize']}/config.json", revision) or {})
+    projection = None
+    if "Dense" in paths:
+        projection = _dense(name, paths["Dense"], revision)
+        settings["projection_dim"] = projection[0].shape[0]
+    config = _load(name, "config_sentence_transformers.json", revision) or {}
+    if config.get("truncate_dim"):
+        raise _unsupported(name, f"vectors cut to {config['truncate_dim']} numbers")
+    settings.update(_prompts(config))
+    return SentenceTransformerSettings(settings, paths["Transformer"], projection)
+
+
+def _paths_by_kind(name: str, modules: list[dict[str, Any]]) -> dict[str, str]:
+    """Return where each module is, if they are those this package knows in the order it applies them."""
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    foreign = [module["type"] for module in modules if not module["type"].startswith("sentence_transformers.")]
+    if foreign or kinds[:2] != ["Transformer", "Pooling"] or tuple(kinds[2:]) not in _ENDINGS:
+        raise _unsupported(name, f"the modules {', '.join(foreign or kinds)}")
+    return dict(zip(kinds, [module["path"] for module in modules], strict=True))
 
 
 def _load(name: str, file: str, revision: str | None) -> Any:
@@ -84,44 +95,59 @@ def _load(name: str, file: str, revision: str | None) -> Any:
 def _unsupported(name: str, what: str) -> ConfigurationError:
     return ConfigurationError(
         f"sentence-transformers model {name}",
-        expected="one Transformer, one Pooling, at most one Dense without activation, and Normalize",
+        expected="a Transformer, a Pooling, then perhaps a Dense without activation, then perhaps a Normalize",
         got=what,
         cure="Use DualEncoderModel.from_encoder on its transformer and train a new head.",
     )
 
 
-def _pooling(config: dict[str, Any]) -> str:
+def _pooling(name: str, config: dict[str, Any]) -> str:
     modes = config.get("pooling_mode") or [mode for key, mode in _LEGACY_POOLINGS.items() if config.get(key)]
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in _POOLINGS:
-        raise _unsupported("pooling", f"the pooling {modes}")
+        raise _unsupported(name, f"the pooling {modes}")
     if not config.get("include_prompt", True):
-        raise _unsupported("pooling", "pooling that leaves the prompt's tokens out")
+        raise _unsupported(name, "pooling that leaves the prompt's tokens out")
     return _POOLINGS[modes[0]]
 
 
-def _max_lengths(name: str, path: str, revision: str | None) -> dict[str, int]:
+def _transformer(name: str, path: str, revision: str | None) -> dict[str, int]:
+    """Return the maximum lengths, so far as they are not those of tokenizer and positions."""
     prefix = f"{path}/" if path else ""
-    config = _load(name, f"{prefix}sentence_bert_config.json", revision) or {}
+    found = (_load(name, f"{prefix}{file}", revision) for file in _TRANSFORMER_CONFIGS)
+    config: dict[str, Any] = next((one for one in found if one), {})
     if config.get("do_lower_case"):
         raise _unsupported(name, "lower-casing outside of the tokenizer")
+    text = config.get("modality_config", {"text": _TOKEN_STATES}).get("text")
+    if text != _TOKEN_STATES or config.get("query_expansion") or config.get("processing_kwargs"):
+        raise _unsupported(name, "a Transformer with more than tokens in and token states out")
     length = config.get("max_seq_length")
-    if length is None:
-        length = (_load(name, f"{prefix}tokenizer_config.json", revision) or {}).get("model_max_length")
-    return {} if length is None else {"query_max_length": int(length), "target_max_length": int(length)}
+    lengths = {
+        "query_max_length": config.get("query_length") or length,
+        "target_max_length": config.get("document_length") or length,
+    }
+    return {role: int(value) for role, value in lengths.items() if value is not None}
+
+
+def _refuse_token_level(name: str, config: dict[str, Any]) -> None:
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key) not in (None, "sentence_embedding"):
+            raise _unsupported(name, f"a module that works on {config[key]}")
 
 
 def _dense(name: str, path: str, revision: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     config = _load(name, f"{path}/config.json", revision) or {}
     if config.get("activation_function") not in _IDENTITY_ACTIVATIONS or config.get("use_residual"):
         raise _unsupported(name, f"a Dense module with {config.get('activation_function')}")
+    _refuse_token_level(name, config)
     file = cached_file(name, f"{path}/model.safetensors", revision=revision)
     weights = load_file(str(file))
     return weights["linear.weight"].float(), weights["linear.bias"].float() if "linear.bias" in weights else None
 
 
 def _prompts(config: dict[str, Any]) -> dict[str, str]:
-    prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
+    saved, default = config.get("prompts") or {}, config.get("default_prompt_name")
+    prompts = {key: prompt for key, prompt in saved.items() if prompt is not None}
     fallback = prompts.get(default, "") if default else ""
     target = next((prompts[key] for key in ("document", "passage", "corpus") if key in prompts), fallback)
     return {"query_prompt": prompts.get("query", fallback), "target_prompt": target}

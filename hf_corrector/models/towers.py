@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
-from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from hf_corrector._files import hash_strings
 from hf_corrector.errors import ConfigurationError
+
+_NO_LIMIT = 2**31 - 1
 
 
 def _auto_class(config: PreTrainedConfig) -> type[Any]:
@@ -21,9 +32,85 @@ def _auto_class(config: PreTrainedConfig) -> type[Any]:
     return AutoModelForTextEncoding if config.is_encoder_decoder or type(config).is_encoder_decoder else AutoModel
 
 
+@dataclass(frozen=True)
+class TowerSource:
+    """Where a pretrained tower comes from.
+
+    Attributes:
+        name: Folder or Hub id.
+        revision: Hub revision.
+        subfolder: Folder inside of it; empty for the root.
+        num_hidden_layers: Keep only the first so many layers; all if not given.
+    """
+
+    name: str
+    revision: str | None = None
+    subfolder: str = ""
+    num_hidden_layers: int | None = None
+
+    def load_config(self) -> PreTrainedConfig:
+        """Load the configuration.
+
+        Raises:
+            ConfigurationError: If there are fewer layers than asked for.
+            OSError: If transformers does not find the model.
+        """
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            self.name, revision=self.revision, subfolder=self.subfolder
+        )
+        if self.num_hidden_layers is not None:
+            text_config = config.get_text_config()
+            if not 1 <= self.num_hidden_layers <= text_config.num_hidden_layers:
+                raise ConfigurationError(
+                    f"num_hidden_layers of {self.name}", expected=f"1 to {text_config.num_hidden_layers}",
+                    got=str(self.num_hidden_layers), cure="Choose a number in that range.",
+                )  # fmt: skip
+            text_config.num_hidden_layers = self.num_hidden_layers
+        return config
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer."""
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self.name, revision=self.revision, subfolder=self.subfolder
+        )
+        return tokenizer
+
+    def load_weights(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """Load the weights in float32 into a tower of that configuration.
+
+        Raises:
+            ConfigurationError: If the checkpoint lacks weights, which transformers would fill with random numbers.
+        """
+        # The report of unused weights is expected here (heads, poolers, layers cut off); missing ones are an error.
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            tower, info = _auto_class(config).from_pretrained(
+                self.name, config=config, revision=self.revision, subfolder=self.subfolder, dtype=torch.float32,
+                output_loading_info=True, **_build_kwargs(config),
+            )  # fmt: skip
+        finally:
+            logging.set_verbosity(verbosity)
+        check_complete(self.name, tower, info)
+        return tower
+
+
+def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens a tower can read, as tokenizer and positions say; 2³¹ − 1 where neither does."""
+    # Name and presence of this field differ between architectures; XLNet writes −1 for no limit.
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(int(tokenizer.model_max_length), positions if positions and positions > 0 else _NO_LIMIT, _NO_LIMIT)
+
+
 def _build_kwargs(config: PreTrainedConfig) -> dict[str, Any]:
     """Leave out a BERT-like pooler: its weights change no vector and would never see a gradient."""
-    model_class = _auto_class(config)._model_mapping[type(config)]
+    mapping = _auto_class(config)._model_mapping
+    if type(config) not in mapping:
+        raise ConfigurationError(
+            f"encoder of type {config.model_type}", expected="an architecture that yields token states by itself",
+            got=type(config).__name__, cure="Use an encoder, a decoder-only model or T5's encoder.",
+        )  # fmt: skip
+    model_class = mapping[type(config)]
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if has_pooler else {}
@@ -34,30 +121,18 @@ def tower_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     return _auto_class(config).from_config(config, **_build_kwargs(config))
 
 
-def tower_from_pretrained(
-    name: str, config: PreTrainedConfig, *, revision: str | None, subfolder: str
-) -> PreTrainedModel:
-    """Load a tower's weights in float32 from a folder or from the Hub.
+def check_complete(name: str, model: PreTrainedModel, loading_info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights, which transformers fills with random numbers and a warning.
 
     Raises:
-        ConfigurationError: If the checkpoint lacks weights, which transformers would fill with random numbers.
+        ConfigurationError: Naming some of them.
     """
-    # The report of unused weights is expected here (heads, poolers, layers cut off), that of missing ones is an error.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        tower, info = _auto_class(config).from_pretrained(
-            name, config=config, revision=revision, subfolder=subfolder, dtype=torch.float32,
-            output_loading_info=True, **_build_kwargs(config),
-        )  # fmt: skip
-    finally:
-        logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
         raise ConfigurationError(
-            f"encoder {name}", expected=f"weights for all of {type(tower).__name__}",
-            got=f"none for {sorted(info['missing_keys'])[:3]}", cure="Use a complete checkpoint of that architecture.",
+            f"encoder {name}", expected=f"weights for all of {type(model).__name__}", got=f"none for {missing[:3]}",
+            cure="Use a complete checkpoint of that architecture.",
         )  # fmt: skip
-    return tower
 
 
 def pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:

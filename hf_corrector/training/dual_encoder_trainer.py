@@ -425,7 +425,9 @@ def _attach_corrector(model: DualEncoderModel, args: DualEncoderTrainingArgument
 
 
 def _check_given_cache(cache: TargetCache, targets: Dataset, model: DualEncoderModel) -> None:
-    if cache.texts_hash != texts_hash(targets):
+    # Vectors that came without texts can only be matched by their ids.
+    without_texts = cache.texts_hash.startswith("vectors-") and list(cache.ids) == column(targets, "id")
+    if not without_texts and cache.texts_hash != texts_hash(targets):
         raise CacheMismatchError(
             str(cache.path), expected="a cache of these targets, in this order", got="other ids or texts",
             cure="Pass the corpus the cache was made from.",

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from hf_corrector._files import atomic_write, read_json, write_json
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.tokens import TokenStore
 from hf_corrector.encoding import EncodeOptions, build_cache
-from hf_corrector.errors import CheckpointError
+from hf_corrector.errors import CacheMismatchError, CheckpointError
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.corrector_trainer import CorrectorFitting, OnlineCorrector
 
 STATE_FILE = "corrector_state.json"
 STATE_TENSORS = "corrector_state.safetensors"
+logger = logging.get_logger(__name__)
 
 
 class LiveCache:
@@ -78,10 +81,15 @@ class LiveCache:
             Targets encoded.
         """
         generation = self.cache.manifest.generation + 1
-        built = build_cache(
-            self._model, targets, Path(str(self._args.output_dir)) / f"cache-{generation:04d}", tokens=tokens,
-            options=encode_options_of(self._args), generation=generation,
-        )  # fmt: skip
+        path = Path(str(self._args.output_dir)) / f"cache-{generation:04d}"
+        options = encode_options_of(self._args)
+        try:
+            built = build_cache(self._model, targets, path, tokens=tokens, options=options, generation=generation)
+        except CacheMismatchError:
+            # Left by an earlier run of this folder that went another way after the checkpoint this one resumed from.
+            logger.warning(f"{path} holds vectors of other weights; it is made anew.")
+            shutil.rmtree(path)
+            built = build_cache(self._model, targets, path, tokens=tokens, options=options, generation=generation)
         if self._model.corrector is not None and self._args.uses_corrector:
             self._model.corrector.reset()
         self._use(built.cache)

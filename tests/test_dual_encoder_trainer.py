@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.data.pairs import from_pairs
+from hf_corrector.data.retrieval import RetrievalData, column
+from hf_corrector.encoding import build_cache
+from hf_corrector.errors import CacheMismatchError, CheckpointError, ConfigurationError, DataError
+from hf_corrector.models import CorrectorModel, DualEncoderModel
+from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.checkpointing import COMPLETE_MARKER, newest_complete_checkpoint
+from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
+
+COLOURS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")
+THINGS = ("cat", "dog", "house", "tree", "river", "stone", "bird", "fish", "road", "boat")
+
+
+@pytest.fixture(scope="module")
+def data() -> RetrievalData:
+    rows = [
+        {"anchor": f"find the {colour} {thing}", "positive": f"the {thing} is {colour} and number {number}"}
+        for number, (colour, thing) in enumerate((c, t) for c in COLOURS for t in THINGS)
+    ]
+    return from_pairs(Dataset.from_list(rows), dev_fraction=0.2, test_fraction=0.2)
+
+
+def arguments(out: Path, **changes: object) -> DualEncoderTrainingArguments:
+    settings: dict[str, object] = {
+        "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1, "report_to": [],
+        "save_strategy": "no", "disable_tqdm": True, "corrector_warmup_steps": 2, "corrector_update_steps": 2,
+        "seed": 3,
+    }  # fmt: skip
+    return DualEncoderTrainingArguments(str(out), **{**settings, **changes})
+
+
+def trainer_for(encoder: str, data: RetrievalData, out: Path, **changes: object) -> DualEncoderTrainer:
+    model = DualEncoderModel.from_encoder(encoder)
+    return DualEncoderTrainer(
+        model, arguments(out, **changes), train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
+    )
+
+
+def weights(model: DualEncoderModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_the_words_of_the_readme_work(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    import hf_corrector as hc
+
+    model = hc.DualEncoderModel.from_encoder(tiny_encoder)
+    args = hc.DualEncoderTrainingArguments(
+        str(tmp_path / "out"), negatives="softmax", staleness="corrector", max_steps=3, report_to=[], disable_tqdm=True
+    )
+    trainer = hc.DualEncoderTrainer(model, args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev)
+    trainer.train()
+    trainer.save_model()
+    h = hc.CorrectorModel.from_pretrained(str(tmp_path / "out" / "corrector"))
+    stale = TargetCache.open(tmp_path / "out" / "cache").read(0, 5).numpy()
+    fresh = h.correct(stale)
+    assert isinstance(fresh, np.ndarray) and fresh.shape == stale.shape and fresh.dtype == np.float32
+
+
+@pytest.mark.parametrize("negatives", ["softmax", "top_k", "uniform", "in_batch"])
+@pytest.mark.parametrize("staleness", ["corrector", "ignore"])
+def test_every_combination_trains_and_counts_its_passes(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path, negatives: str, staleness: str
+) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path, negatives=negatives, staleness=staleness)
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    assert any(not torch.equal(before[name], after[name]) for name in before if name in after)
+    cost = trainer.cost
+    needs_cache = staleness == "corrector" or negatives in ("softmax", "top_k")
+    assert cost["initial_target_passes"] == (len(data.corpus) if needs_cache else 0)
+    assert cost["query_passes"] == 6 * 4
+    positives, sampled = 6 * 4, 0 if negatives == "in_batch" else 6 * 4
+    assert positives <= cost["train_target_passes"] <= positives + sampled
+    assert cost["refresh_target_passes"] == cost["final_target_passes"] == 0
+
+
+def test_at_step_zero_the_cache_holds_what_training_encodes(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path, learning_rate=0.0)
+    trainer.train()
+    logged = [entry["cosine_stale_fresh"] for entry in trainer.state.log_history if "cosine_stale_fresh" in entry]
+    assert logged == pytest.approx([1.0] * 6, abs=1e-6)
+
+
+def test_logs_tell_drift_residual_and_shares_of_time(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path, uniform_fraction=1.0)
+    trainer.train()
+    entry = trainer.state.log_history[3]
+    for name in (
+        "cosine_stale_fresh", "cosine_corrected_fresh", "residual_uniform", "share_sampling", "share_corrector",
+    ):  # fmt: skip
+        assert np.isfinite(entry[name]), name
+    assert 0 < entry["share_sampling"] + entry["share_corrector"] < 1
+
+
+@pytest.mark.parametrize("kind", ["mean_shift", "affine", "residual_mlp"])
+def test_the_corrector_brings_stale_targets_nearer_to_fresh_ones(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path, kind: str
+) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path, corrector_kind=kind, max_steps=40, corrector_window=40)
+    trainer.train()
+    report = trainer.judge(data.test)
+    assert report.cosines["corrected"] > report.cosines["stale"]
+    assert trainer.model.corrector is not None and int(trainer.model.corrector.fitted_pairs) > 10
+
+
+def test_the_encoders_optimiser_never_touches_the_corrector(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    trainer = trainer_for(
+        tiny_encoder, data, tmp_path, corrector_kind="residual_mlp", corrector_learning_rate=0.0, weight_decay=0.1
+    )
+    assert trainer.model.corrector is not None
+    before = {name: tensor.clone() for name, tensor in trainer.model.corrector.named_parameters()}
+    trainer.train()
+    for name, tensor in trainer.model.corrector.named_parameters():
+        assert torch.equal(tensor, before[name]) and tensor.grad is None and not tensor.requires_grad
+
+
+def test_an_identity_corrector_trains_like_no_corrector_bit_for_bit(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    with_identity = trainer_for(tiny_encoder, data, tmp_path / "a", corrector_kind="identity")
+    without = trainer_for(tiny_encoder, data, tmp_path / "b", staleness="ignore")
+    with_identity.train()
+    without.train()
+    first, second = weights(with_identity.model), weights(without.model)
+    assert_same({name: first[name] for name in second}, second)
+
+
+def test_corrector_and_refresh_start_the_corrector_again(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path, refresh_steps="4", max_steps=6, learning_rate=0.0)
+    trainer.train()
+    assert trainer.cost["refresh_target_passes"] == len(data.corpus)
+    assert trainer.live_cache is not None
+    assert trainer.live_cache.cache.manifest.generation == 1 and trainer.live_cache.first.manifest.generation == 0
+    # Weights never moved, so the refreshed cache holds the same vectors and its pairs say "identity".
+    first, second = trainer.live_cache.first.read(0, 20), trainer.live_cache.cache.read(0, 20)
+    assert torch.equal(first, second)
+
+
+def test_refreshed_targets_are_those_of_the_current_weights(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path, staleness="refresh", refresh_steps="3", max_steps=5)
+    trainer.train()
+    cache = trainer.refresh_cache()
+    expected = trainer.model.encode_target(column(data.corpus, "text"))
+    assert torch.allclose(cache.read(0, len(cache)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"corrector_kind": "affine"},
+        {"corrector_kind": "residual_mlp"},
+        {"staleness": "refresh", "refresh_steps": "3"},
+        {"corrector_kind": "affine", "refresh_steps": "3", "gradient_accumulation_steps": 2},
+        {"negatives": "uniform", "staleness": "ignore"},
+    ],
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    whole = trainer_for(tiny_encoder, data, tmp_path / "whole", max_steps=8, **changes)
+    whole.train()
+    saving = {"save_strategy": "steps", "save_steps": 5, "max_steps": 8, **changes}
+    interrupted = trainer_for(tiny_encoder, data, tmp_path / "parts", **saving)
+    interrupted.train()
+    resumed = trainer_for(tiny_encoder, data, tmp_path / "parts", **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-5"))
+    assert_same(weights(resumed.model), weights(whole.model))
+    # A refresh that the interrupted run had finished is found again and not paid for twice.
+    spent_again = resumed.cost["refresh_target_passes"]
+    assert spent_again <= whole.cost["refresh_target_passes"]
+    assert {**resumed.cost, "refresh_target_passes": 0} == {**whole.cost, "refresh_target_passes": 0}
+    assert resumed.fitted_rows.tolist() == whole.fitted_rows.tolist()
+
+
+def test_true_resumes_from_the_newest_complete_checkpoint(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    trainer_for(tiny_encoder, data, tmp_path, **saving).train()
+    (tmp_path / "checkpoint-6" / COMPLETE_MARKER).unlink()
+    assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    resumed = trainer_for(tiny_encoder, data, tmp_path, **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    with pytest.raises(CheckpointError, match="COMPLETE"):
+        (tmp_path / "checkpoint-4" / COMPLETE_MARKER).unlink()
+        trainer_for(tiny_encoder, data, tmp_path, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_checkpoint_whose_cache_is_gone_or_replaced_is_refused(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer_for(tiny_encoder, data, tmp_path, **saving).train()
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        trainer_for(tiny_encoder, data, tmp_path, **saving).train(resume_from_checkpoint=True)
+    model = DualEncoderModel.from_encoder(tiny_encoder, pooling="cls")
+    build_cache(model, data.corpus, tmp_path / "cache")
+    with pytest.raises(CheckpointError, match="another cache"):
+        trainer_for(tiny_encoder, data, tmp_path, **saving).train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_are_only_deleted_once_the_new_one_is_complete(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    trainer_for(tiny_encoder, data, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1).train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert (tmp_path / "checkpoint-6" / COMPLETE_MARKER).exists()
+
+
+def test_a_saved_run_loads_with_the_same_vectors(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path)
+    trainer.train()
+    trainer.save_model()
+    loaded = DualEncoderModel.from_pretrained(str(tmp_path))
+    texts = column(data.corpus, "text")[:7]
+    assert torch.equal(loaded.encode_target(texts), trainer.model.encode_target(texts))
+    stale = trainer.live_cache.cache.read(0, 9)
+    alone = CorrectorModel.from_pretrained(str(tmp_path / "corrector"))
+    assert torch.equal(alone.correct(stale), trainer.model.corrector.correct(stale))
+    assert torch.equal(loaded.corrector.correct(stale), alone.correct(stale))
+    seen = json.loads((tmp_path / "corrector" / "fitted_targets.json").read_text())
+    assert seen["rows"] == trainer.fitted_rows.tolist() and len(seen["rows"]) > 4
+
+
+def test_a_cache_of_the_same_encoder_is_used_again_and_that_of_another_refused(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    first = trainer_for(tiny_encoder, data, tmp_path)
+    first.prepare()
+    again = trainer_for(tiny_encoder, data, tmp_path)
+    again.prepare()
+    assert again.cost["initial_target_passes"] == 0
+    model = DualEncoderModel.from_encoder(tiny_encoder, target_prompt="passage: ")
+    other = DualEncoderTrainer(
+        model,
+        arguments(tmp_path / "b", cache_dir=str(tmp_path / "cache")),
+        train_dataset=data.train,
+        targets=data.corpus,
+    )
+    with pytest.raises(CacheMismatchError, match="prompt"):
+        other.prepare()
+
+
+def test_an_older_cache_may_be_given(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    old = DualEncoderModel.from_encoder(tiny_encoder, pooling="cls")
+    cache = build_cache(old, data.corpus, tmp_path / "old").cache
+    model = DualEncoderModel.from_encoder(tiny_encoder)
+    trainer = DualEncoderTrainer(
+        model, arguments(tmp_path / "out"), train_dataset=data.train, targets=data.corpus, target_cache=cache
+    )
+    trainer.train()
+    assert trainer.cost["initial_target_passes"] == 0
+    other = data.corpus.select(range(10))
+    with pytest.raises(CacheMismatchError, match="other ids or texts"):
+        DualEncoderTrainer(model, arguments(tmp_path / "x"), targets=other, target_cache=cache)
+
+
+def test_judgement_knows_the_old_model_and_clean_queries(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path, max_steps=4)
+    trainer.train()
+    report = trainer.judge(data.test, old_model=DualEncoderModel.from_encoder(tiny_encoder))
+    found = report.to_dict()
+    assert {"old", "stale", "corrected", "fresh"} <= found.keys()
+    seen = set(trainer.fitted_rows.tolist())
+    row_of = {one: row for row, one in enumerate(column(data.corpus, "id"))}
+    expected = sum(not any(row_of[one] in seen for one in ids) for ids in column(data.test, "positive_ids"))
+    assert found["clean_queries"] == expected
+    assert trainer.cost["final_target_passes"] == len(data.corpus)
+    with pytest.raises(CacheMismatchError, match="training started from"):
+        trainer.judge(data.test, old_model=trainer.model)
+
+
+def test_evaluate_reports_what_training_would_search(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path, eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert {"eval_mrr@10", "eval_recall@10", "eval_recall@100", "eval_ndcg@10", "eval_success@10"} <= metrics.keys()
+    assert sum("eval_mrr@10" in entry for entry in trainer.state.log_history) == 3
+    several = trainer.evaluate({"dev": data.dev, "test": data.test})
+    assert "eval_dev_mrr@10" in several and "eval_test_mrr@10" in several
+    assert trainer.cost["final_target_passes"] == 0
+
+
+def test_pairs_in_sentence_transformers_columns_need_no_targets(tiny_encoder: str, tmp_path: Path) -> None:
+    rows = [{"question": f"what is {thing}", "answer": f"a {thing} of {n}"} for n, thing in enumerate(THINGS)]
+    model = DualEncoderModel.from_encoder(tiny_encoder)
+    trainer = DualEncoderTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    assert len(trainer.targets) == len(THINGS)
+
+
+def test_separate_towers_and_bf16_train(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    model = DualEncoderModel.from_encoder(tiny_encoder, separate_towers=True, projection_dim=8)
+    args = arguments(tmp_path, bf16=True, share_negatives=False, num_negatives=3, sampling_correction=True)
+    trainer = DualEncoderTrainer(model, args, train_dataset=data.train, targets=data.corpus)
+    trainer.train()
+    assert trainer.live_cache.cache.dim == 8
+    assert trainer.live_cache.cache.fingerprint.compute_dtype == "bfloat16"
+    assert all(np.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_bad_arguments_are_refused_before_any_work(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    model = DualEncoderModel.from_encoder(tiny_encoder)
+    with pytest.raises(ConfigurationError, match="a DualEncoderModel"):
+        DualEncoderTrainer(model.encoder, arguments(tmp_path), train_dataset=data.train, targets=data.corpus)
+    with pytest.raises(ConfigurationError, match="targets"):
+        DualEncoderTrainer(model, arguments(tmp_path), eval_dataset=data.dev)
+    with pytest.raises(DataError):
+        DualEncoderTrainer(model, arguments(tmp_path), train_dataset=data.train, targets=data.corpus.select(range(3)))
+    with pytest.raises(ConfigurationError, match="train_dataset"):
+        DualEncoderTrainer(model, arguments(tmp_path), targets=data.corpus).train()
+    no_cache = trainer_for(tiny_encoder, data, tmp_path / "n", negatives="in_batch", staleness="ignore")
+    with pytest.raises(ConfigurationError, match="build_cache"):
+        no_cache.judge(data.test)
