@@ -162,7 +162,7 @@ class CorrectorModel(PreTrainedModel):
         corrected = torch.empty(len(vectors), int(self.config.output_dim or 0), dtype=torch.float32, device=device)
         for start in range(0, max(len(vectors), 1), CORRECT_CHUNK_ROWS):
             rows = vectors[start : start + CORRECT_CHUNK_ROWS]
-            # Copied, as an array may be read-only or run backwards, and chunk by chunk, as it may be larger than memory.
+            # Copied, as an array may be read-only or run backwards; in chunks, as it may be larger than memory.
             chunk = torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows
             self._check(chunk, None)
             bad = ~torch.isfinite(chunk).all(dim=1)

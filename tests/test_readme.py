@@ -1,0 +1,72 @@
+"""What the README says is run as it is written, with a small encoder and a small folder in place of the large ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_corrector.cli.main import main
+from hf_corrector.models import DualEncoderModel
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WORDS = ["copy", "move", "list", "count", "sort", "find", "print", "replace", "delete", "join", "split", "merge"]
+
+
+def block(language: str, containing: str) -> str:
+    found = [text for text in re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL) if containing in text]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture
+def workplace(tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with my_beir_folder and, under the name the README uses, an encoder."""
+    monkeypatch.chdir(tmp_path)
+    DualEncoderModel.from_encoder(tiny_encoder).encoder.save_pretrained(tmp_path / "intfloat/e5-base-v2")
+    for file in Path(tiny_encoder).glob("tok*"):
+        (tmp_path / "intfloat/e5-base-v2" / file.name).write_bytes(file.read_bytes())
+    folder = tmp_path / "my_beir_folder"
+    (folder / "qrels").mkdir(parents=True)
+    targets = [{"_id": f"t{n}", "text": f"{WORDS[n % 12]} the files number {n}"} for n in range(60)]
+    queries = [{"_id": f"q{n}", "text": f"how to {WORDS[n % 12]} {n}"} for n in range(60)]
+    for name, rows in (("corpus", targets), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, rows in (("train", range(40)), ("dev", range(40, 50)), ("test", range(50, 60))):
+        lines = ["query-id\tcorpus-id\tscore", *(f"q{n}\tt{n}\t1" for n in rows)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_the_python_example_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = block("python", "load_retrieval_data(").replace("max_steps=1000", "max_steps=3, report_to=[]")
+    names: dict[str, object] = {"stale_vectors": torch.randn(4, 32)}
+    exec(compile(code, "README.md", "exec"), names)
+    assert tuple(names["fresh"].shape) == (4, 32)  # type: ignore[attr-defined]
+    assert "MRR@10" in capsys.readouterr().out
+
+
+def test_the_shell_examples_run(workplace: Path) -> None:
+    lines = block("bash", "hf-corrector embed").strip().splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        words = shlex.split(line.replace("--max_steps 1000", "--max_steps 3 --report_to none"))
+        assert words[0] == "hf-corrector" and main(words[1:]) == 0, line
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "readme_block test" in script
+    commands = re.search(r"<!-- test -->\n```bash\n(.*?)```", README, flags=re.DOTALL)
+    assert commands is not None and commands.group(1).strip().endswith("/pytest")
+
+
+def test_every_constraint_is_an_exact_version() -> None:
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().split()
+    assert "torch==2.13.0" in lines
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][\w.]*", line) for line in lines)
