@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from hf_corrector._extras import demo_encoder
 from hf_corrector.data.datasets import load_retrieval_data
 from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.data.stdlib import standard_library_data
-from hf_corrector.errors import DataError, InputError
-from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig
+from hf_corrector.errors import ConfigurationError, DataError, InputError
+from hf_corrector.models.configuration_dual_encoder import POOLINGS, DualEncoderConfig
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.models.sentence_transformers_format import read_repository_json
 from hf_corrector.records import RECORD_FILE
 
 STDLIB = "stdlib"
@@ -31,31 +33,69 @@ def parser(command: str, description: str, examples: str) -> argparse.ArgumentPa
     )  # fmt: skip
 
 
+@dataclass
+class EncoderChoice:
+    """Which encoder a command uses, and what of it to change; the same arguments for every command."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of the encoder; by default the demo's MiniLM"}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Hub revision of the encoder"})
+    num_layers: int | None = field(default=None, metadata={"help": "keep only the encoder's first so many layers"})
+    max_length: int | None = field(default=None, metadata={"help": "cut queries and targets to so many tokens"})
+    pooling: str | None = field(
+        default=None, metadata={"help": "how token states become a vector", "choices": POOLINGS}
+    )
+    query_prompt: str | None = field(default=None, metadata={"help": "text put before every query"})
+    target_prompt: str | None = field(default=None, metadata={"help": "text put before every target"})
+
+    def load(self) -> DualEncoderModel:
+        """Load a saved dual encoder as it is, or make one from any encoder.
+
+        Raises:
+            ConfigurationError: If settings are given for a saved dual encoder, which has its own.
+        """
+        name = str(demo_encoder()) if self.model is None else self.model
+        settings: dict[str, Any] = {
+            "pooling": self.pooling, "query_prompt": self.query_prompt, "target_prompt": self.target_prompt,
+            "query_max_length": self.max_length, "target_max_length": self.max_length,
+        }  # fmt: skip
+        given = {key: value for key, value in settings.items() if value is not None}
+        if not is_dual_encoder(name, self.revision):
+            return DualEncoderModel.from_encoder(
+                name, revision=self.revision, num_hidden_layers=self.num_layers, **given
+            )
+        if given or self.num_layers is not None:
+            raise ConfigurationError(
+                name, expected="no settings for a saved dual encoder, which has its own", got=str(sorted(given)),
+                cure="Leave them out, or name the encoder it was made from.",
+            )  # fmt: skip
+        return DualEncoderModel.from_pretrained(name, revision=self.revision or "main")
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> EncoderChoice:
+        """Take the choice out of parsed arguments."""
+        return cls(**{item.name: getattr(arguments, item.name) for item in dataclasses.fields(EncoderChoice)})
+
+
+def is_dual_encoder(name: str, revision: str | None = None) -> bool:
+    """Say whether a folder or Hub repository holds a saved dual encoder rather than an encoder to make one from."""
+    config = read_repository_json(name, "config.json", revision)
+    return config is not None and config.get("model_type") == DualEncoderConfig.model_type
+
+
 def add_model_arguments(target: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which encoder."""
-    target.add_argument("--model", metavar="M", help="folder or Hub id of the encoder; by default the demo's MiniLM")
-    target.add_argument("--revision", help="Hub revision of the encoder")
-    target.add_argument("--num_layers", type=int, metavar="N", help="keep only the encoder's first N layers")
-    target.add_argument("--max_length", type=int, metavar="N", help="cut queries and targets to N tokens")
+    """Add the arguments of :class:`EncoderChoice`."""
+    for item in dataclasses.fields(EncoderChoice):
+        kind = int if item.name in ("num_layers", "max_length") else str
+        target.add_argument(
+            f"--{item.name}", type=kind, choices=item.metadata.get("choices"), help=item.metadata["help"]
+        )
 
 
 def add_data_argument(target: argparse.ArgumentParser) -> None:
     """Add the argument that says which data."""
     target.add_argument("--data", metavar="DIR", default=STDLIB, help=DATA_HELP)
-
-
-def load_model(arguments: argparse.Namespace) -> DualEncoderModel:
-    """Load the encoder an argument names: a saved dual encoder, or any encoder to make one from."""
-    name = str(demo_encoder()) if arguments.model is None else arguments.model
-    config_file = Path(name) / "config.json"
-    if config_file.is_file() and DualEncoderConfig.model_type in config_file.read_text(encoding="utf-8"):
-        return DualEncoderModel.from_pretrained(name)
-    settings = {}
-    if arguments.max_length is not None:
-        settings = {"query_max_length": arguments.max_length, "target_max_length": arguments.max_length}
-    return DualEncoderModel.from_encoder(
-        name, revision=arguments.revision, num_hidden_layers=arguments.num_layers, **settings
-    )
 
 
 def load_data(name: str) -> RetrievalData:

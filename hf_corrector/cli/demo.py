@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_corrector.cli.common import STDLIB, parser, quieten
+from hf_corrector.cli.common import parser, quieten
 from hf_corrector.cli.train import WhatToTrain, train_and_judge
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
         arguments.output_dir, max_steps=arguments.max_steps, learning_rate=1e-4, warmup_steps=0.1, seed=arguments.seed,
         logging_steps=20, save_strategy="no", report_to=[], disable_tqdm=arguments.quiet, bf16=_fast_bfloat16(),
     )  # fmt: skip
-    what = WhatToTrain(STDLIB, arguments.model, None, arguments.num_layers, arguments.max_length)
+    what = WhatToTrain(model=arguments.model, num_layers=arguments.num_layers, max_length=arguments.max_length)
     report = train_and_judge(what, args)
     print(f"\n{report.table()}\n\n{report.judgement.sentence()}")
     print(f"\nModel, corrector, cache and run.json are in {arguments.output_dir}. Try:")

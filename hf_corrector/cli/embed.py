@@ -7,10 +7,10 @@ from pathlib import Path
 
 from hf_corrector.cli.common import (
     DTYPES,
+    EncoderChoice,
     add_data_argument,
     add_model_arguments,
     load_data,
-    load_model,
     parser,
     plain_arguments,
     quieten,
@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = flags.parse_args(argv)
     quieten()
-    data, model = load_data(arguments.data), load_model(arguments)
+    data, model = load_data(arguments.data), EncoderChoice.of(arguments).load()
     started = time.time()
     options = EncodeOptions(
         cache_dtype=arguments.cache_dtype, compute_dtype=arguments.compute_dtype,

@@ -13,11 +13,12 @@ from datasets import Dataset
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import (
     DTYPES,
+    EncoderChoice,
     add_data_argument,
     add_model_arguments,
+    is_dual_encoder,
     judged_split,
     load_data,
-    load_model,
     new_output_folder,
     parser,
     plain_arguments,
@@ -64,12 +65,12 @@ def run(argv: list[str]) -> int:
             cure="Name the data the cache was made from.",
         )  # fmt: skip
     corrector = None if arguments.corrector is None else CorrectorModel.from_pretrained(arguments.corrector)
-    model, split, started = load_model(arguments), judged_split(data), time.time()
+    model, split, started = EncoderChoice.of(arguments).load(), judged_split(data), time.time()
     options = EncodeOptions(compute_dtype=arguments.compute_dtype, progress=not arguments.quiet)
     fresh = build_cache(model, data.corpus, out / "fresh", options=options)
     old_queries = None
     if arguments.old_model is not None:
-        old_queries = _encode(_old_model(arguments, cache), split, arguments)
+        old_queries = _encode(_old_model(arguments.old_model, model, cache), split, arguments)
     report = measure_staleness(
         Conditions(
             queries=_encode(model, split, arguments), stale=cache,
@@ -98,11 +99,20 @@ def _encode(model: DualEncoderModel, split: Dataset, arguments: argparse.Namespa
     return model.encode_query(column(split, "query"), compute_dtype=arguments.compute_dtype)
 
 
-def _old_model(arguments: argparse.Namespace, cache: TargetCache) -> DualEncoderModel:
-    old = load_model(argparse.Namespace(**{**vars(arguments), "model": arguments.old_model, "revision": None}))
+def _old_model(name: str, model: DualEncoderModel, cache: TargetCache) -> DualEncoderModel:
+    """Load the encoder a cache was made with; a plain one gets the settings of the encoder that came of it."""
+    if is_dual_encoder(name):
+        old = DualEncoderModel.from_pretrained(name)
+    else:
+        config = model.config
+        old = DualEncoderModel.from_encoder(
+            name, num_hidden_layers=config.encoder.get_text_config().num_hidden_layers, pooling=config.pooling,
+            query_prompt=config.query_prompt, target_prompt=config.target_prompt, normalize=config.normalize,
+            query_max_length=config.query_max_length, target_max_length=config.target_max_length,
+        )  # fmt: skip
     if old.fingerprint("target").weights != cache.fingerprint.weights:
         raise CacheMismatchError(
-            arguments.cache, expected=f"vectors made by {arguments.old_model}", got=cache.fingerprint.name,
+            str(cache.path), expected=f"vectors made by {name}", got=f"vectors made by {cache.fingerprint.name}",
             cure="Name the encoder that made the cache as --old_model.",
         )  # fmt: skip
     return old

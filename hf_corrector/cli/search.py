@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_corrector.cache.target_cache import TargetCache
-from hf_corrector.cli.common import DATA_HELP, add_model_arguments, load_data, load_model, parser, quieten
+from hf_corrector.cli.common import DATA_HELP, EncoderChoice, add_model_arguments, load_data, parser, quieten
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.errors import CacheMismatchError
@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
     quieten()
     cache = TargetCache.open(arguments.cache)
     texts = None if arguments.data is None else _texts(arguments.data, cache)
-    model = load_model(arguments)
+    model = EncoderChoice.of(arguments).load()
     corrector = None if arguments.corrector is None else CorrectorModel.from_pretrained(arguments.corrector)
     if corrector is None and cache.fingerprint.weights != model.fingerprint("target").weights:
         raise CacheMismatchError(

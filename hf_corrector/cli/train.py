@@ -13,9 +13,9 @@ from transformers import HfArgumentParser
 from hf_corrector.cli.common import (
     DATA_HELP,
     STDLIB,
+    EncoderChoice,
     judged_split,
     load_data,
-    load_model,
     new_output_folder,
     plain_arguments,
     quieten,
@@ -40,16 +40,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 @dataclass
-class WhatToTrain:
+class WhatToTrain(EncoderChoice):
     """Encoder and data, for the command line."""
 
     data: str = field(default=STDLIB, metadata={"help": DATA_HELP})
-    model: str | None = field(
-        default=None, metadata={"help": "folder or Hub id of the encoder; by default the demo's MiniLM"}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Hub revision of the encoder"})
-    num_layers: int | None = field(default=None, metadata={"help": "keep only the encoder's first so many layers"})
-    max_length: int | None = field(default=None, metadata={"help": "cut queries and targets to so many tokens"})
 
 
 def run(argv: list[str]) -> int:
@@ -92,9 +86,8 @@ def train_and_judge(what: WhatToTrain, args: DualEncoderTrainingArguments) -> St
         raise DataError(
             what.data, expected="a train split", got="none", cure="Add qrels/train.tsv, or name other data."
         )
-    named = argparse.Namespace(**vars(what))
     trainer = DualEncoderTrainer(
-        load_model(named), args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
+        what.load(), args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
     )
     prepared = time.time()
     trainer.prepare()
@@ -107,7 +100,7 @@ def train_and_judge(what: WhatToTrain, args: DualEncoderTrainingArguments) -> St
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     judged = time.time()
-    report = trainer.judge(split, old_model=load_model(named), options=JudgeOptions(seed=args.seed))
+    report = trainer.judge(split, old_model=what.load(), options=JudgeOptions(seed=args.seed))
     _record(trainer, what, report, {
         "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
         "judge": time.time() - judged, "total": time.time() - started,

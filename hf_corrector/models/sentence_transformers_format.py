@@ -55,20 +55,20 @@ def read_settings(name: str, revision: str | None = None) -> SentenceTransformer
     Raises:
         ConfigurationError: If the model does something this package cannot repeat exactly.
     """
-    modules = _load(name, "modules.json", revision)
+    modules = read_repository_json(name, "modules.json", revision)
     if modules is None:
         return None
     paths = _paths_by_kind(name, modules)
     settings: dict[str, Any] = _transformer(name, paths["Transformer"], revision)
-    settings["pooling"] = _pooling(name, _load(name, f"{paths['Pooling']}/config.json", revision) or {})
+    settings["pooling"] = _pooling(name, read_repository_json(name, f"{paths['Pooling']}/config.json", revision) or {})
     settings["normalize"] = "Normalize" in paths
     if settings["normalize"]:
-        _refuse_token_level(name, _load(name, f"{paths['Normalize']}/config.json", revision) or {})
+        _refuse_token_level(name, read_repository_json(name, f"{paths['Normalize']}/config.json", revision) or {})
     projection = None
     if "Dense" in paths:
         projection = _dense(name, paths["Dense"], revision)
         settings["projection_dim"] = projection[0].shape[0]
-    config = _load(name, "config_sentence_transformers.json", revision) or {}
+    config = read_repository_json(name, "config_sentence_transformers.json", revision) or {}
     if config.get("truncate_dim"):
         raise _unsupported(name, f"vectors cut to {config['truncate_dim']} numbers")
     settings.update(_prompts(config))
@@ -84,7 +84,8 @@ def _paths_by_kind(name: str, modules: list[dict[str, Any]]) -> dict[str, str]:
     return dict(zip(kinds, [module["path"] for module in modules], strict=True))
 
 
-def _load(name: str, file: str, revision: str | None) -> Any:
+def read_repository_json(name: str, file: str, revision: str | None) -> Any:
+    """Read a JSON file of a model folder or of a Hub repository; None where there is none, or no way to reach it."""
     path = cached_file(
         name, file, revision=revision, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
@@ -114,7 +115,7 @@ def _pooling(name: str, config: dict[str, Any]) -> str:
 def _transformer(name: str, path: str, revision: str | None) -> dict[str, int]:
     """Return the maximum lengths, so far as they are not those of tokenizer and positions."""
     prefix = f"{path}/" if path else ""
-    found = (_load(name, f"{prefix}{file}", revision) for file in _TRANSFORMER_CONFIGS)
+    found = (read_repository_json(name, f"{prefix}{file}", revision) for file in _TRANSFORMER_CONFIGS)
     config: dict[str, Any] = next((one for one in found if one), {})
     if config.get("do_lower_case"):
         raise _unsupported(name, "lower-casing outside of the tokenizer")
@@ -136,7 +137,7 @@ def _refuse_token_level(name: str, config: dict[str, Any]) -> None:
 
 
 def _dense(name: str, path: str, revision: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    config = _load(name, f"{path}/config.json", revision) or {}
+    config = read_repository_json(name, f"{path}/config.json", revision) or {}
     if config.get("activation_function") not in _IDENTITY_ACTIVATIONS or config.get("use_residual"):
         raise _unsupported(name, f"a Dense module with {config.get('activation_function')}")
     _refuse_token_level(name, config)
