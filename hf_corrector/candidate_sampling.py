@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +81,8 @@ def sample_candidates(
     mask = ids >= 0
     rows = targets.gather(ids.clamp(min=0).reshape(-1)).reshape(*ids.shape, -1)
     scores = torch.einsum("bd,bkd->bk", queries, rows.to(queries.device))
-    log_proposal = _log_expected_draws(scores, log_normalizer, plan, len(targets), is_uniform)
+    free = torch.tensor([len(targets) - len(known) for known in excluded.per_query], device=scores.device)
+    log_proposal = _log_expected_draws(scores, log_normalizer, plan, free, is_uniform)
     return Candidates(
         ids=ids.to(queries.device), scores=scores, log_proposal=log_proposal, mask=mask.to(queries.device),
         uniform=is_uniform.to(queries.device),
@@ -110,16 +110,19 @@ def _log_expected_draws(
     scores: torch.Tensor,
     log_normalizer: torch.Tensor | None,
     plan: SamplingPlan,
-    num_targets: int,
+    free: torch.Tensor,
     is_uniform: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the log of the expected number of times each chosen target is drawn, ``(batch, k)`` float32."""
-    uniform_rate = (plan.num_negatives - plan.hard_share) / num_targets
+    """Return the log of the expected number of times each chosen target is drawn, ``(batch, k)`` float32.
+
+    ``free`` is the number of targets that are not excluded for each query, ``(batch,)``.
+    """
+    uniform_rate = ((plan.num_negatives - plan.hard_share) / free.clamp(min=1).double())[:, None]
     if log_normalizer is not None:
         probability = torch.exp(plan.scale * scores.double() - log_normalizer[:, None])
         return torch.log(plan.hard_share * probability + uniform_rate).clamp(min=-80.0).float()
-    floor = math.log(max(uniform_rate, math.exp(-80.0)))
-    return torch.where(is_uniform.to(scores.device), torch.full_like(scores, floor), torch.zeros_like(scores))
+    by_chance = torch.log(uniform_rate).clamp(min=-80.0).float().expand_as(scores)
+    return torch.where(is_uniform.to(scores.device), by_chance, torch.zeros_like(scores))
 
 
 @dataclass(frozen=True)
@@ -153,21 +156,24 @@ def contrast_set(
         share_negatives: Contrast each query with every column (the usual in-batch negatives, sampled ones included),
             or only with the targets sampled for it.
     """
-    device = positive_rows.device
-    positives, batch = positive_rows.cpu(), len(positive_rows)
-    ids = torch.full((batch, 0), -1) if candidates is None else candidates.ids.cpu()
-    sampled = torch.unique(ids[ids >= 0])
-    extra = sampled[~torch.isin(sampled, positives)]
-    rows = torch.cat([positives, extra])
-    first = torch.zeros(len(rows), dtype=torch.bool)
-    first[torch.from_numpy(np.unique(rows.numpy(), return_index=True)[1])] = True
-    drawn = ids[:, :, None] == rows[None, None, :]
-    allowed = (first if share_negatives else first & drawn.any(dim=1)).expand(batch, -1).clone()
-    for query, known in enumerate(excluded.per_query):
-        allowed[query] &= ~torch.isin(rows, torch.from_numpy(known))
-    allowed[torch.arange(batch), torch.arange(batch)] = True
-    log_proposal, uniform = torch.zeros(batch, len(rows)), torch.zeros(len(rows), dtype=torch.bool)
+    device, batch = positive_rows.device, len(positive_rows)
+    positives = positive_rows.cpu().numpy()
+    ids = np.zeros((batch, 0), dtype=np.int64) if candidates is None else candidates.ids.cpu().numpy()
+    rows = np.concatenate([positives, np.setdiff1d(ids[ids >= 0], positives)])
+    distinct, first_column = np.unique(rows, return_index=True)
+    query, place = np.nonzero(ids >= 0)
+    column = first_column[np.searchsorted(distinct, ids[query, place])]
+    allowed = np.zeros((batch, len(rows)), dtype=bool)
+    if share_negatives:
+        allowed[:, first_column] = True
+    allowed[query, column] = True
+    for number, known in enumerate(excluded.per_query):
+        allowed[number] &= ~np.isin(rows, known)
+    allowed[np.arange(batch), np.arange(batch)] = True
+    log_proposal, uniform = torch.zeros(batch, len(rows)), np.zeros(len(rows), dtype=bool)
     if candidates is not None:
-        log_proposal = (drawn * candidates.log_proposal.cpu()[:, :, None]).sum(dim=1)
-        uniform = (drawn & candidates.uniform.cpu()[:, :, None]).any(dim=1).any(dim=0)
-    return ContrastSet(rows, allowed.to(device), log_proposal.to(device), uniform)
+        log_proposal[query, column] = candidates.log_proposal.cpu()[query, place]
+        uniform[column[candidates.uniform.cpu().numpy()[query, place]]] = True
+    return ContrastSet(
+        torch.from_numpy(rows), torch.from_numpy(allowed).to(device), log_proposal.to(device), torch.from_numpy(uniform)
+    )

@@ -66,7 +66,8 @@ class CorrectedTargets:
         if self._fits:
             return self.read(0, len(self))[rows.to(self.device)]
         unique, positions = torch.unique(rows.cpu(), return_inverse=True)
-        corrected = self._correct(torch.cat([self.stale.read(row, row + 1) for row in unique.tolist()]))
+        pieces = [self.stale.read(row, row + 1) for row in unique.tolist()] or [self.stale.read(0, 0)]
+        corrected = self._correct(torch.cat(pieces))
         return corrected[positions.to(corrected.device)]
 
     @torch.no_grad()

@@ -17,7 +17,9 @@ from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cache.writer import CachePlan, CacheWriter
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.data.tokens import TokenStore, token_store_key
+from hf_corrector.errors import CacheMismatchError
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel, Role
+from hf_corrector.records import EncoderFingerprint
 
 TOKENS_FOLDER = "tokens"
 # Sorting by length within so many texts already leaves little padding, and bounds what a crash costs.
@@ -71,12 +73,15 @@ def tokenize_texts(
     Raises:
         CacheMismatchError: If ``path`` holds the tokens of another tokenizer, prompt, length or of other texts.
     """
-    made_by = model.fingerprint(role)
-    key = token_store_key(
+    key = _token_key(model.fingerprint(role), texts)
+    return TokenStore.open_or_build(path, texts, lambda batch: model.tokenize(batch, role), key=key, progress=progress)
+
+
+def _token_key(made_by: EncoderFingerprint, texts: Sequence[str]) -> str:
+    return token_store_key(
         tokenizer=made_by.tokenizer, prompt=made_by.prompt, max_length=made_by.max_length,
         texts_hash=hash_strings(texts),
     )  # fmt: skip
-    return TokenStore.open_or_build(path, texts, lambda batch: model.tokenize(batch, role), key=key, progress=progress)
 
 
 def build_cache(
@@ -94,7 +99,8 @@ def build_cache(
         generation: Number of the cache within a run that refreshes it.
 
     Raises:
-        CacheMismatchError: If ``path`` holds a cache, or part of one, of another encoder or other texts.
+        CacheMismatchError: If ``path`` holds a cache, or part of one, of another encoder or other texts, or ``tokens``
+            are not those of this encoder and these texts.
     """
     options = EncodeOptions() if options is None else options
     plan = CachePlan(
@@ -102,18 +108,34 @@ def build_cache(
         fingerprint=model.fingerprint("target", compute_dtype=options.compute_dtype),
         texts_hash=texts_hash(corpus), shard_rows=options.shard_rows, generation=generation,
     )  # fmt: skip
-    if tokens is None:
-        tokens = tokenize_texts(
-            model, column(corpus, "text"), "target", path / TOKENS_FOLDER, progress=options.progress
-        )
     with CacheWriter(path, plan) as writer:
-        pending = writer.pending_shards()
-        total = sum(shard.stop - shard.start for shard in pending)
-        with tqdm(total=total, desc="encode targets", unit="text", disable=not options.progress or not total) as bar:
-            for shard in pending:
-                rows = np.arange(shard.start, shard.stop)
-                writer.write_shard(shard.index, encode_rows(model, tokens, rows, options=options, bar=bar))
+        pending, total = writer.pending_shards(), 0
+        if pending:
+            store = _tokens_of(
+                model, column(corpus, "text"), given=tokens, plan=plan, path=path, progress=options.progress
+            )
+            total = sum(shard.stop - shard.start for shard in pending)
+            with tqdm(total=total, desc="encode targets", unit="text", disable=not options.progress) as bar:
+                for shard in pending:
+                    rows = np.arange(shard.start, shard.stop)
+                    writer.write_shard(shard.index, encode_rows(model, store, rows, options=options, bar=bar))
         return CacheBuild(writer.finish(), total)
+
+
+def _tokens_of(
+    model: DualEncoderModel, texts: Sequence[str], *, given: TokenStore | None, plan: CachePlan, path: Path,
+    progress: bool,
+) -> TokenStore:  # fmt: skip
+    """Return the tokens to encode, made after the cache itself was found to fit, whose error says more."""
+    if given is None:
+        return tokenize_texts(model, texts, "target", path / TOKENS_FOLDER, progress=progress)
+    key = _token_key(plan.fingerprint, texts)
+    if given.key != key:
+        raise CacheMismatchError(
+            str(given.path), expected=f"tokens of {plan.fingerprint.name} with the key {key}",
+            got=f"the key {given.key}", cure="Tokenise these texts with this model, see tokenize_texts().",
+        )  # fmt: skip
+    return given
 
 
 def encode_rows(

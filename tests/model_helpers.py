@@ -93,7 +93,9 @@ def save_bert(path: Path, *, seed: int = 0, lowercase: bool = True) -> str:
 def save_gpt2(path: Path) -> str:
     """Save a random tiny GPT-2, whose tokenizer knows no padding."""
     torch.manual_seed(1)
-    config = GPT2Config(vocab_size=300, n_embd=HIDDEN, n_layer=2, n_head=2, n_positions=POSITIONS, initializer_range=0.5)
+    config = GPT2Config(
+        vocab_size=300, n_embd=HIDDEN, n_layer=2, n_head=2, n_positions=POSITIONS, initializer_range=0.5
+    )
     return save_encoder(path, GPT2Model(config), byte_bpe_tokenizer(end_token=False, pad_token=False))
 
 

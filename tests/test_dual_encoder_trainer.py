@@ -301,6 +301,22 @@ def test_judgement_knows_the_old_model_and_clean_queries(
         trainer.judge(data.test, old_model=trainer.model)
 
 
+def test_held_out_positives_are_never_fitted_on_so_every_query_is_clean(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    for kind in ("affine", "residual_mlp"):
+        trainer = trainer_for(tiny_encoder, data, tmp_path / kind, max_steps=20, corrector_kind=kind)
+        trainer.hold_out(data.test, data.dev)
+        trainer.train()
+        ids = column(data.corpus, "id")
+        seen = {ids[row] for row in trainer.fitted_rows.tolist()}
+        held_out = {one for split in (data.test, data.dev) for known in column(split, "positive_ids") for one in known}
+        assert len(seen) > 10 and not seen & held_out
+        assert trainer.judge(data.test).judgement.clean_queries == len(data.test)
+        with pytest.raises(ConfigurationError, match="before prepare"):
+            trainer.hold_out(data.test)
+
+
 def test_evaluate_reports_what_training_would_search(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
     trainer = trainer_for(tiny_encoder, data, tmp_path, eval_strategy="steps", eval_steps=3)
     trainer.train()

@@ -88,9 +88,7 @@ def weighted_pairs(count: int = 40, dim_in: int = 5, dim_out: int = 5) -> Pairs:
 
 def test_pairs_of_one_target_are_merged_into_their_weighted_mean() -> None:
     stale, fresh = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([[0.0], [8.0], [1.0]])
-    pairs = Pairs.collect(
-        stale, fresh, target_rows=torch.tensor([7, 3, 7]), weights=torch.tensor([1.0, 2.0, 3.0])
-    )
+    pairs = Pairs.collect(stale, fresh, target_rows=torch.tensor([7, 3, 7]), weights=torch.tensor([1.0, 2.0, 3.0]))
     assert pairs.stale.tolist() == [[2.0], [4.0]]
     assert pairs.fresh.tolist() == [[8.0], [0.75]]
     assert pairs.weights.tolist() == [2.0, 4.0]

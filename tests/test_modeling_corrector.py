@@ -129,7 +129,10 @@ def test_saved_and_loaded_corrector_returns_the_same_bits(kind: str, dim_out: in
     corrector = trained(kind, 6, dim_out)
     corrector.fitted_pairs.fill_(12)
     corrector.save_pretrained(tmp_path)
-    for loaded in (CorrectorModel.from_pretrained(tmp_path), CorrectorModel.from_pretrained(tmp_path, dtype="bfloat16")):
+    for loaded in (
+        CorrectorModel.from_pretrained(tmp_path),
+        CorrectorModel.from_pretrained(tmp_path, dtype="bfloat16"),
+    ):
         assert torch.equal(loaded(vectors()), corrector(vectors()))
         assert loaded.fitted_pairs == 12
         assert {**loaded.config.to_diff_dict(), "dtype": ""} == {**corrector.config.to_diff_dict(), "dtype": ""}

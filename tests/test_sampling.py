@@ -323,7 +323,10 @@ def test_whole_uniform_shares_are_not_random(k: int, fraction: float, count: int
 
 @pytest.mark.parametrize(
     "numbers",
-    [lambda keys: uniform_counts(1, 0.25, keys), lambda keys: draw_uniform(9, 2, excluded=nothing_excluded(3), keys=keys)],
+    [
+        lambda keys: uniform_counts(1, 0.25, keys),
+        lambda keys: draw_uniform(9, 2, excluded=nothing_excluded(3), keys=keys),
+    ],
 )
 def test_drawing_leaves_global_generators_alone(numbers: Callable[[DrawKeys], np.ndarray]) -> None:
     torch.manual_seed(0)

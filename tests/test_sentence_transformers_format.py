@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from model_helpers import HIDDEN, TEXTS, save_encoder, save_llama, save_t5, wordpiece_tokenizer
+from model_helpers import HIDDEN, TEXTS, save_bert, save_encoder, save_llama, save_t5, wordpiece_tokenizer
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Dropout, LayerNorm, Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    Dropout,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Transformer,
+)
 from torch.nn import Identity
 from transformers import AutoModel
 
@@ -145,8 +152,6 @@ def test_longer_inputs_than_the_default_for_plain_encoders_are_kept(tiny_encoder
 
 
 def test_lower_casing_that_is_part_of_the_tokenizer_is_repeated(tmp_path: Path) -> None:
-    from model_helpers import save_bert
-
     encoder = save_bert(tmp_path / "encoder", lowercase=False)
     path = save(tmp_path / "model", Transformer(encoder, do_lower_case=True), Pooling(HIDDEN, "mean"))
     shouted = [text.upper() for text in TEXTS]
@@ -173,9 +178,7 @@ def test_pooling_written_by_older_releases_is_understood(tiny_encoder: str, tmp_
 
 
 @pytest.mark.parametrize(("encoder", "mode"), [(save_t5, "mean"), (save_llama, "lasttoken")])
-def test_other_architectures_give_the_same_vectors(
-    encoder: Callable[[Path], str], mode: str, tmp_path: Path
-) -> None:
+def test_other_architectures_give_the_same_vectors(encoder: Callable[[Path], str], mode: str, tmp_path: Path) -> None:
     assert_equal_vectors(
         save(tmp_path / "model", Transformer(encoder(tmp_path / "encoder")), Pooling(HIDDEN, mode), Normalize())
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_corrector._extras import demo_encoder
@@ -65,7 +66,9 @@ class EncoderChoice:
             return DualEncoderModel.from_encoder(
                 name, revision=self.revision, num_hidden_layers=self.num_layers, **given
             )
-        if given or self.num_layers is not None:
+        if self.num_layers is not None:
+            given["num_layers"] = self.num_layers
+        if given:
             raise ConfigurationError(
                 name, expected="no settings for a saved dual encoder, which has its own", got=str(sorted(given)),
                 cure="Leave them out, or name the encoder it was made from.",
@@ -141,7 +144,8 @@ def new_output_folder(name: str) -> Path:
 
 def plain_arguments(values: Any) -> dict[str, Any]:
     """Return arguments as JSON values, for a run's record."""
-    given = dataclasses.asdict(values) if dataclasses.is_dataclass(values) else vars(values)  # type: ignore[arg-type]
+    # TrainingArguments writes its own dictionary because it knows which of its fields are secrets.
+    given = values.to_dict() if isinstance(values, TrainingArguments) else dict(vars(values))
     return {name: value if _is_plain(value) else str(value) for name, value in sorted(given.items())}
 
 

@@ -37,9 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(chosen.command, arguments[1:])
     except HFCorrectorError as error:
         print(f"hf-corrector {chosen.command}: {error}", file=sys.stderr)
-    except OSError as error:
-        # A missing model, a full disk, a refused connection: transformers' and the system's own words say which.
-        print(f"hf-corrector {chosen.command}: {error}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        # A missing model, a full disk, an argument transformers refuses: its own words and the system's say which.
+        if os.environ.get("HF_CORRECTOR_DEBUG"):
+            raise
+        print(f"hf-corrector {chosen.command}: {error} (set HF_CORRECTOR_DEBUG=1 for the traceback)", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"\nhf-corrector {chosen.command}: interrupted", file=sys.stderr)
         return 130

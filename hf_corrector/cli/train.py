@@ -64,7 +64,7 @@ def run(argv: list[str]) -> int:
         raise ConfigurationError(
             "train", expected="arguments transformers accepts", got=str(error), cure="Change them as it says."
         ) from error
-    if "--output_dir" not in " ".join(argv).replace("-dir", "_dir"):
+    if not any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in argv):
         raise ConfigurationError("train", expected="--output_dir OUT", got="none", cure="Say where the run goes.")
     quieten()
     report = train_and_judge(what, args)
@@ -89,6 +89,7 @@ def train_and_judge(what: WhatToTrain, args: DualEncoderTrainingArguments) -> St
     trainer = DualEncoderTrainer(
         what.load(), args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
     )
+    trainer.hold_out(split)
     prepared = time.time()
     trainer.prepare()
     measured = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -93,6 +93,29 @@ class CorrectorModel(PreTrainedModel):
             nn.init.zeros_(buffer)
             if name in ("weight", "skip") and not square:
                 nn.init.eye_(buffer)
+
+    @classmethod
+    def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> CorrectorModel:
+        """Load a saved corrector.
+
+        Args:
+            name: Folder or Hub id.
+            args: Handed to transformers' ``from_pretrained``.
+            kwargs: Handed to transformers' ``from_pretrained``.
+
+        Raises:
+            ValueError: If the weights are not those of a corrector of that configuration.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if info["missing_keys"] or info["unexpected_keys"]:
+            raise ValueError(
+                f"{name}: expected the weights of a corrector of kind {model.config.kind!r}; got missing "
+                f"{sorted(info['missing_keys'])[:3]}, unexpected {sorted(info['unexpected_keys'])[:3]}. "
+                "Name the folder of a corrector, for instance out/corrector."
+            )
+        return loaded if wants_info else model
 
     def reset(self) -> None:
         """Go back to the identity, as after a refresh of the cache."""

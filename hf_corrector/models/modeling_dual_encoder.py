@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
+from hf_corrector._files import hash_strings
 from hf_corrector.batching import DEFAULT_TOKEN_BUDGET, pad_tokens, token_budget_batches
 from hf_corrector.errors import ConfigurationError, InputError
 from hf_corrector.losses import truncated_softmax_loss
@@ -23,6 +24,7 @@ from hf_corrector.models.sentence_transformers_format import SentenceTransformer
 from hf_corrector.models.towers import (
     TowerSource,
     check_complete,
+    hash_architecture,
     hash_modules,
     hash_tokenizer,
     longest_input,
@@ -242,6 +244,11 @@ class DualEncoderModel(PreTrainedModel):
             args: Handed to transformers' ``save_pretrained``.
             kwargs: Handed to transformers' ``save_pretrained``.
         """
+        if kwargs.get("push_to_hub"):
+            raise ConfigurationError(
+                "save_pretrained", expected="no push_to_hub: it would upload before tokenizer and corrector are written",
+                got="push_to_hub=True", cure="Call model.push_to_hub(repo_id), which uploads all of them.",
+            )  # fmt: skip
         super().save_pretrained(save_directory, *args, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
@@ -259,7 +266,7 @@ class DualEncoderModel(PreTrainedModel):
         head = self.projection if is_query or self.target_projection is None else self.target_projection
         return EncoderFingerprint(
             name=str(config.name_or_path),
-            weights=hash_modules([tower, head]),
+            weights=hash_strings([hash_modules([tower, head]), hash_architecture(tower.config)]),
             tokenizer=hash_tokenizer(self._tokenizer(role)),
             prompt=config.query_prompt if is_query else config.target_prompt,
             max_length=config.query_max_length if is_query else config.target_max_length,
@@ -407,7 +414,9 @@ class DualEncoderModel(PreTrainedModel):
         """
         query_embeddings = self.embed(queries, "query")
         batch = len(query_embeddings)
-        sampled = None if candidate_fn is None else candidate_fn(query_embeddings.detach())
+        with torch.autocast(query_embeddings.device.type, enabled=False):
+            # Which targets are drawn must not depend on the rounding of half-precision scores.
+            sampled = None if candidate_fn is None else candidate_fn(query_embeddings.detach().float())
         target_embeddings = self.embed(positives, "target")
         if sampled is not None and sampled.tokens is not None:
             target_embeddings = torch.cat([target_embeddings, self.embed(sampled.tokens, "target")])

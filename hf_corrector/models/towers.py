@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from hf_corrector._files import hash_strings
 from hf_corrector.errors import ConfigurationError
+from hf_corrector.models.configuration_dual_encoder import DROPOUT_FIELDS
 
 _NO_LIMIT = 2**31 - 1
 
@@ -183,3 +184,11 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         return hash_strings([tokenizer.truncation_side, json.dumps(content, sort_keys=True)])
     vocabulary = [f"{token} {number}" for token, number in sorted(tokenizer.get_vocab().items())]
     return hash_strings([tokenizer.truncation_side, type(tokenizer).__name__, *vocabulary])
+
+
+def hash_architecture(config: PreTrainedConfig) -> str:
+    """Hash what a tower's configuration says of its computation: equal weights under another one are other vectors."""
+    content = config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", *DROPOUT_FIELDS):
+        content.pop(name, None)
+    return hash_strings([json.dumps(content, sort_keys=True, default=str)])

@@ -23,7 +23,7 @@ class DualEncoderTrainingArguments(TrainingArguments):
     """Extend transformers' TrainingArguments by negatives, staleness, corrector and cache.
 
     Defaults that differ from transformers: 32 pairs a batch, ``remove_unused_columns=False``, and
-    ``eval_on_start=False`` with metrics named ``eval_mrr@10`` and so on, for ``metric_for_best_model``.
+    ``metric_for_best_model="mrr@10"`` where the best model is loaded at the end.
     """
 
     # -- transformers' own, with other defaults
@@ -102,9 +102,12 @@ class DualEncoderTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check values and combinations (ConfigurationError) before any work is done."""
-        if not torch.accelerator.is_available():
-            # Without an accelerator this is what happens anyway, but transformers wants it said before it allows bf16.
+        if not torch.accelerator.is_available() or torch.backends.mps.is_available():
+            # Without an accelerator this is what happens anyway, but transformers wants it said before it allows bf16;
+            # Apple's has no float64, which exact sums of probabilities need.
             self.use_cpu, self.dataloader_pin_memory = True, False
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "mrr@10"
         super().__post_init__()
         self._check_choices()
         self._check_ranges()
@@ -128,13 +131,24 @@ class DualEncoderTrainingArguments(TrainingArguments):
     def _check_ranges(self) -> None:
         at_least = {
             "num_negatives": 1, "corrector_window": 1, "corrector_update_steps": 1, "corrector_batch_size": 1,
-            "corrector_updates": 1, "corrector_warmup_steps": 0, "token_budget": 1,
+            "corrector_updates": 1, "corrector_warmup_steps": 0, "token_budget": 1, "per_device_train_batch_size": 1,
+            "learning_rate": 0,
         }  # fmt: skip
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise ConfigurationError(
                     name, expected=f"at least {low}", got=str(getattr(self, name)), cure="Raise it."
                 )
+        if self.corrector_hidden_dim is not None and self.corrector_hidden_dim < 1:
+            raise ConfigurationError(
+                "corrector_hidden_dim", expected="at least 1, or None", got=str(self.corrector_hidden_dim),
+                cure="Raise it.",
+            )  # fmt: skip
+        if not 0 <= self.corrector_learning_rate < float("inf"):
+            raise ConfigurationError(
+                "corrector_learning_rate", expected="at least 0", got=str(self.corrector_learning_rate),
+                cure="Raise it.",
+            )  # fmt: skip
         if not 0 <= self.uniform_fraction <= 1:
             raise ConfigurationError(
                 "uniform_fraction", expected="0 to 1", got=str(self.uniform_fraction), cure="Give a share."
@@ -151,6 +165,16 @@ class DualEncoderTrainingArguments(TrainingArguments):
             raise ConfigurationError(
                 "refresh_steps", expected="'never' with staleness='ignore'", got=repr(self.refresh_steps),
                 cure="Use staleness='refresh', or 'corrector' with refreshes.",
+            )  # fmt: skip
+        if self.staleness == "refresh" and not self.samples_from_scores:
+            raise ConfigurationError(
+                "staleness", expected="'ignore' or 'corrector' where no negative is chosen by a cached vector",
+                got=f"'refresh' with negatives={self.negatives!r}", cure="Use staleness='ignore': nothing is read stale.",
+            )  # fmt: skip
+        if self.push_to_hub:
+            raise ConfigurationError(
+                "push_to_hub", expected="False: the run's folder also holds the cache and the tokenised corpus",
+                got="True", cure="Train, then call trainer.model.push_to_hub(repo_id).",
             )  # fmt: skip
         closed = self.corrector_kind in CLOSED_FORM_KINDS
         if self.corrector_fit == "closed_form" and self.corrector_kind == "residual_mlp":

@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class _FollowsDrift(Protocol):
+    def start_following(self) -> None: ...
     def after_step(self, step: int) -> None: ...
     def finish_corrector(self) -> None: ...
 
@@ -17,6 +18,12 @@ class StalenessCallback(TrainerCallback):
 
     def __init__(self, trainer: _FollowsDrift) -> None:
         self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by transformers before the first step."""
+        self._trainer.start_following()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by transformers after every optimiser step."""

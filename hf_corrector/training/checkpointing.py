@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ def newest_complete_checkpoint(output_dir: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def flush_folder(folder: Path) -> None:
+    """Flush all files of a folder to the disk; transformers only writes them."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+
+
 class CheckpointingTrainer(Trainer):
     """A Trainer whose checkpoints carry extra state and are known to be complete."""
 
@@ -58,7 +67,7 @@ class CheckpointingTrainer(Trainer):
         Raises:
             CheckpointError: If there is no complete checkpoint.
         """
-        if resume_from_checkpoint is True:
+        if str(resume_from_checkpoint).lower() == "true":
             newest = newest_complete_checkpoint(Path(str(self.args.output_dir)))
             if newest is None:
                 raise CheckpointError(
@@ -69,6 +78,10 @@ class CheckpointingTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # A folder of an earlier run at this step stops being complete before its first file is replaced.
+        (folder / COMPLETE_MARKER).unlink(missing_ok=True)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -76,9 +89,8 @@ class CheckpointingTrainer(Trainer):
             self.args.save_total_limit = limit
         if not self.args.should_save:
             return
-        run_dir = self._get_output_dir(trial=trial)
-        folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.save_extra_state(folder)
+        flush_folder(folder)
         write_json(folder / COMPLETE_MARKER, {"global_step": self.state.global_step})
         rotate_checkpoints(
             output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,

@@ -69,6 +69,7 @@ def fit_corrector(
     """
     pairs = Pairs.collect(stale, fresh, target_rows=target_rows)
     if corrector.config.kind == "residual_mlp":
+        _check_sizes(corrector, pairs)
         _fit_gradient(corrector, pairs, CorrectorFitting() if fitting is None else fitting)
     else:
         solve_closed_form(corrector, pairs)
@@ -88,12 +89,7 @@ def solve_closed_form(
         ConfigurationError: If the kind has no closed form or the sizes disagree.
     """
     config = corrector.config
-    if (pairs.stale.shape[1], pairs.fresh.shape[1]) != (config.input_dim, config.output_dim):
-        raise ConfigurationError(
-            "corrector fit", expected=f"vectors of sizes {config.input_dim} and {config.output_dim}",
-            got=f"{pairs.stale.shape[1]} and {pairs.fresh.shape[1]}",
-            cure="Configure the corrector for these encoders.",
-        )  # fmt: skip
+    _check_sizes(corrector, pairs)
     match config.kind:
         case "identity":
             return
@@ -110,6 +106,16 @@ def solve_closed_form(
             )
     corrector.fitted_pairs.fill_(len(pairs.stale))
     config.fit_summary = summary
+
+
+def _check_sizes(corrector: CorrectorModel, pairs: Pairs) -> None:
+    config = corrector.config
+    if (pairs.stale.shape[1], pairs.fresh.shape[1]) != (config.input_dim, config.output_dim):
+        raise ConfigurationError(
+            "corrector fit", expected=f"vectors of sizes {config.input_dim} and {config.output_dim}",
+            got=f"{pairs.stale.shape[1]} and {pairs.fresh.shape[1]}",
+            cure="Configure the corrector for these encoders.",
+        )  # fmt: skip
 
 
 def _load_affine(corrector: CorrectorModel, fit: AffineFit) -> None:
@@ -150,7 +156,9 @@ def _fit_gradient(corrector: CorrectorModel, pairs: Pairs, fitting: CorrectorFit
     if corrector.config.input_dim != corrector.config.output_dim:
         _start_from_affine(corrector, pairs)
     optimizer = torch.optim.AdamW(corrector.parameters(), lr=fitting.learning_rate, weight_decay=0.0)
-    best, best_state, waited = float("inf"), {}, 0
+    with torch.no_grad():
+        best = float(corrector_loss(corrector(stale[held_out]), fresh[held_out]))
+    best_state, waited = {name: value.clone() for name, value in corrector.state_dict().items()}, 0
     for _ in range(fitting.max_epochs):
         shuffled = kept[torch.randperm(len(kept), generator=generator)]
         for batch in shuffled.split(fitting.batch_size):
@@ -187,6 +195,7 @@ class OnlineCorrector:
         gather_stale: Returns the stale vectors of target rows ``(n,)``, as ``(n, input_dim)``.
         num_targets: Number of cached targets.
         fitting: How to fit.
+        held_out: Rows that are never fitted on, ``(n,)`` int64, so that queries looking for them can judge the fit.
     """
 
     def __init__(
@@ -196,11 +205,15 @@ class OnlineCorrector:
         *,
         num_targets: int,
         fitting: CorrectorFitting,
+        held_out: torch.Tensor | None = None,
     ) -> None:
         corrector.requires_grad_(False)
         self.corrector, self.fitting, self._gather_stale = corrector, fitting, gather_stale
         self.window = PairWindow(fitting.window, int(corrector.config.output_dim or 0))
         self.seen = torch.zeros(num_targets, dtype=torch.bool)
+        self._usable = torch.ones(num_targets, dtype=torch.bool)
+        if held_out is not None:
+            self._usable[held_out] = False
         self._optimizer = self._new_optimizer()
 
     @property
@@ -220,7 +233,9 @@ class OnlineCorrector:
 
     def observe(self, rows: torch.Tensor, fresh: torch.Tensor, *, step: int) -> None:
         """Take in targets that were re-encoded at ``step``: rows ``(n,)`` and embeddings ``(n, dim)``."""
-        self.window.add(rows, fresh, step=step)
+        rows = rows.detach().cpu()
+        usable = self._usable[rows]
+        self.window.add(rows[usable], fresh[usable.to(fresh.device)], step=step)
 
     def update(self, step: int) -> bool:
         """Follow the drift after a step; say whether the corrector changed.
@@ -261,14 +276,16 @@ class OnlineCorrector:
             return
         device = self.corrector.fitted_pairs.device
         generator = torch.Generator().manual_seed((self.fitting.seed + 1) * 1_000_003 + step)
+        loss = 0.0
         for update in range(updates):
             # Set anew each time: after a finish, training may go on.
             optimizer.param_groups[0]["lr"] = self.fitting.learning_rate * (1 - update / updates if falling else 1.0)
             picked = torch.randint(len(found.rows), (self.fitting.batch_size,), generator=generator)
             stale = self._gather_stale(found.rows[picked]).to(device)
-            gradient_update(self.corrector, optimizer, stale, found.fresh[picked].to(device))
+            loss = gradient_update(self.corrector, optimizer, stale, found.fresh[picked].to(device))
         self.seen[found.rows] = True
         self.corrector.fitted_pairs.fill_(int(self.seen.sum()))
+        self.corrector.config.fit_summary = {"pairs": int(self.seen.sum()), "loss": loss}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a checkpoint needs beside the corrector's weights, as flat tensors."""

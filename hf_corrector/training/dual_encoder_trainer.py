@@ -127,6 +127,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
             )  # fmt: skip
         self.add_callback(StalenessCallback(self))
         self.live_cache: LiveCache | None = None
+        self._held_out: torch.Tensor | None = None
         self.cost = dict.fromkeys(COSTS, 0)
         self.step_log = StepLog()
         self._schedule = RefreshSchedule.parse(args.refresh_steps)
@@ -152,7 +153,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
             self.model, column(self.targets, "text"), "target", out / "tokens" / "targets", progress=progress
         )
         if self._resumed_from is not None and self._resumed_with_cache:
-            self.live_cache = LiveCache.reopen(self._resumed_from, self.model, self.args)
+            self.live_cache = LiveCache.reopen(self._resumed_from, self.model, self.args, held_out=self._held_out)
         elif self.args.needs_cache or self._given_cache is not None:
             self.build_cache()
         if self.train_dataset is not None:
@@ -164,10 +165,26 @@ class DualEncoderTrainer(CheckpointingTrainer):
             self._chooser = TargetChooser(self.model, self.args, self.tokens, positives=positives)
         self._prepared = True
 
+    def hold_out(self, *splits: Dataset) -> None:
+        """Keep the positives of these queries out of the corrector's pairs, so that all of them can judge it.
+
+        The encoder may still meet these targets as negatives; only the corrector never sees where they went. Without
+        it, a judgement leaves out the queries whose positives happened to be fitted on.
+
+        Raises:
+            ConfigurationError: If the corrector may have been fitted already.
+        """
+        if self._prepared:
+            raise ConfigurationError(
+                "hold_out", expected="a call before prepare() and train()", got="one after", cure="Call it earlier."
+            )
+        rows = {row for split in splits for known in positives_as_rows(split, self.targets) for row in known}
+        self._held_out = torch.tensor(sorted(rows), dtype=torch.int64)
+
     def build_cache(self) -> TargetCache:
         """Make the cache from the model as it is, or take the one that was given."""
         if self._given_cache is not None:
-            self.live_cache = LiveCache(self._given_cache, self.model, self.args)
+            self.live_cache = LiveCache(self._given_cache, self.model, self.args, held_out=self._held_out)
             return self._given_cache
         default = Path(str(self.args.output_dir)) / "cache"
         built = build_cache(
@@ -175,7 +192,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
             options=encode_options_of(self.args),
         )  # fmt: skip
         self.cost["initial_target_passes"] += built.encoded
-        self.live_cache = LiveCache(built.cache, self.model, self.args)
+        self.live_cache = LiveCache(built.cache, self.model, self.args, held_out=self._held_out)
         return built.cache
 
     def refresh_cache(self) -> TargetCache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
@@ -32,6 +33,7 @@ class LiveCache:
         model: The encoder, with the corrector if one is trained.
         args: Arguments of the run.
         first: The cache the run started with; ``cache`` if not given.
+        held_out: Rows the corrector is not fitted on, ``(n,)`` int64.
 
     Attributes:
         cache: The vectors in use.
@@ -48,8 +50,9 @@ class LiveCache:
         args: DualEncoderTrainingArguments,
         *,
         first: TargetCache | None = None,
+        held_out: torch.Tensor | None = None,
     ) -> None:
-        self._model, self._args = model, args
+        self._model, self._args, self._held_out = model, args, held_out
         self.first = cache if first is None else first
         self._use(cache)
 
@@ -61,8 +64,9 @@ class LiveCache:
         if corrector is not None and self._args.uses_corrector:
             self.corrected = CorrectedTargets(cache, corrector, device=self._args.device)
             self.online = OnlineCorrector(
-                corrector, cache.gather, num_targets=len(cache), fitting=fitting_of(self._args)
-            )
+                corrector, cache.gather, num_targets=len(cache), fitting=fitting_of(self._args),
+                held_out=self._held_out,
+            )  # fmt: skip
 
     def update_corrector(self, step: int) -> None:
         """Let the corrector follow the drift after a step."""
@@ -106,7 +110,14 @@ class LiveCache:
         write_json(folder / STATE_FILE, {"cost": cost, "caches": named})
 
     @classmethod
-    def reopen(cls, folder: Path, model: DualEncoderModel, args: DualEncoderTrainingArguments) -> LiveCache:
+    def reopen(
+        cls,
+        folder: Path,
+        model: DualEncoderModel,
+        args: DualEncoderTrainingArguments,
+        *,
+        held_out: torch.Tensor | None = None,
+    ) -> LiveCache:
         """Open the caches a checkpoint names, and restore the corrector's pairs.
 
         Raises:
@@ -119,7 +130,7 @@ class LiveCache:
                 cure="Resume with the arguments the run was started with.",
             )  # fmt: skip
         first, current = (_open_named(folder, entry) for entry in (named[0], named[-1]))
-        live = cls(current, model, args, first=first)
+        live = cls(current, model, args, first=first, held_out=held_out)
         if live.online is not None:
             live.online.load_state(load_file(folder / STATE_TENSORS))
         return live

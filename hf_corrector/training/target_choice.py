@@ -58,9 +58,12 @@ class TargetChooser:
         candidates = None
         if self._args.negatives != "in_batch":
             warming_up = self._args.uses_corrector and step < self._args.corrector_warmup_steps
+            # Vectors of another size cannot be scored before the corrector is used: chance chooses until then.
+            blind = live is None or (warming_up and live.stale.dim != self._dim)
+            by_chance = warming_up and (blind or self._args.warmup_negatives == "uniform")
             candidates = sample_candidates(
-                self._view(live, warming_up), query_embeddings, self._plan(warming_up), excluded=excluded,
-                keys=DrawKeys(seed=self._args.seed, step=step, query_ids=query_rows),
+                self._view(None if blind else live, warming_up), query_embeddings, self._plan(by_chance),
+                excluded=excluded, keys=DrawKeys(seed=self._args.seed, step=step, query_ids=query_rows),
             )  # fmt: skip
         contrast = contrast_set(
             candidates, batch["positive_rows"], excluded=excluded, share_negatives=self._args.share_negatives
@@ -74,10 +77,9 @@ class TargetChooser:
         zeros = torch.zeros(1, self._dim).expand(len(self._tokens), -1)
         return CorrectedTargets(TensorVectors(zeros), None, device=self._args.device, snapshot_bytes=0)
 
-    def _plan(self, warming_up: bool) -> SamplingPlan:
-        uniform = warming_up and self._args.warmup_negatives == "uniform"
+    def _plan(self, by_chance: bool) -> SamplingPlan:
         return SamplingPlan(
-            negatives="uniform" if uniform else self._args.negatives, num_negatives=self._args.num_negatives,
+            negatives="uniform" if by_chance else self._args.negatives, num_negatives=self._args.num_negatives,
             uniform_fraction=self._args.uniform_fraction, scale=self._scale, seed=self._args.seed,
         )  # fmt: skip
 

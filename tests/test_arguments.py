@@ -1,0 +1,158 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser
+
+from hf_corrector.errors import ConfigurationError
+from hf_corrector.models.configuration_corrector import ACTIVATIONS, KINDS
+from hf_corrector.training.arguments import (
+    CACHE_DTYPES,
+    NEGATIVES,
+    STALENESS,
+    WARMUP_NEGATIVES,
+    DualEncoderTrainingArguments,
+)
+
+
+def arguments(tmp_path: Path, **changes: Any) -> DualEncoderTrainingArguments:
+    return DualEncoderTrainingArguments(output_dir=str(tmp_path), report_to="none", **changes)
+
+
+def test_defaults_are_a_corrected_softmax_run(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    assert (args.negatives, args.staleness, args.corrector_kind) == ("softmax", "corrector", "affine")
+    assert args.uses_corrector
+    assert args.samples_from_scores
+    assert args.needs_cache
+    assert not args.remove_unused_columns
+    assert args.per_device_train_batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("negatives", NEGATIVES), ("corrector_kind", KINDS), ("corrector_activation", ACTIVATIONS),
+        ("warmup_negatives", WARMUP_NEGATIVES), ("cache_dtype", CACHE_DTYPES),
+    ],
+)  # fmt: skip
+def test_every_choice_is_accepted_and_anything_else_is_named(
+    name: str, values: tuple[str, ...], tmp_path: Path
+) -> None:
+    for value in values:
+        assert getattr(arguments(tmp_path, **{name: value}), name) == value
+    with pytest.raises(ConfigurationError, match=f"^{name}: .*{values[0]}.*'nonsense'"):
+        arguments(tmp_path, **{name: "nonsense"})
+
+
+@pytest.mark.parametrize("staleness", STALENESS)
+def test_every_kind_of_staleness_is_accepted(staleness: str, tmp_path: Path) -> None:
+    refresh_steps = "10" if staleness == "refresh" else "never"
+    args = arguments(tmp_path, staleness=staleness, refresh_steps=refresh_steps)
+    assert args.uses_corrector is (staleness == "corrector")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("staleness", "nonsense"), ("corrector_fit", "nonsense"), ("num_negatives", 0), ("corrector_window", 0),
+        ("corrector_update_steps", 0), ("corrector_batch_size", 0), ("corrector_updates", 0),
+        ("corrector_warmup_steps", -1), ("token_budget", 0), ("uniform_fraction", -0.1), ("uniform_fraction", 1.1),
+        ("uniform_fraction", float("nan")), ("corrector_learning_rate", -1e-3),
+        ("corrector_learning_rate", float("nan")), ("corrector_hidden_dim", 0),
+        ("refresh_steps", "often"), ("remove_unused_columns", True), ("push_to_hub", True),
+        ("per_device_train_batch_size", 0), ("learning_rate", -1.0),
+    ],
+)  # fmt: skip
+def test_each_value_out_of_range_is_named(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{name}: "):
+        arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"staleness": "refresh"}, "refresh_steps"),
+        ({"staleness": "refresh", "refresh_steps": "0"}, "refresh_steps"),
+        ({"staleness": "ignore", "refresh_steps": "10"}, "refresh_steps"),
+        ({"staleness": "refresh", "refresh_steps": "10", "negatives": "uniform"}, "staleness"),
+        ({"corrector_kind": "residual_mlp", "corrector_fit": "closed_form"}, "corrector_fit"),
+        ({"corrector_kind": "affine", "corrector_fit": "gradient"}, "corrector_fit"),
+        ({"corrector_kind": "mean_shift", "corrector_fit": "gradient"}, "corrector_fit"),
+        ({"sampling_correction": True}, "sampling_correction"),
+        ({"sampling_correction": True, "share_negatives": False, "negatives": "top_k"}, "sampling_correction"),
+        ({"sampling_correction": True, "share_negatives": False, "negatives": "in_batch"}, "sampling_correction"),
+    ],
+)
+def test_each_contradiction_is_named(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{named}: "):
+        arguments(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"staleness": "corrector", "refresh_steps": "0-100:50"},
+        {"sampling_correction": True, "share_negatives": False},
+        {"sampling_correction": True, "share_negatives": False, "negatives": "uniform"},
+        {"corrector_kind": "residual_mlp", "corrector_fit": "gradient"},
+        {"uniform_fraction": 0.0, "corrector_warmup_steps": 0},
+        {"uniform_fraction": 1.0, "refresh_steps": 100},
+    ],
+)
+def test_combinations_that_make_sense_are_accepted(changes: dict[str, Any], tmp_path: Path) -> None:
+    arguments(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fit"),
+    [
+        ("affine", "closed_form"),
+        ("mean_shift", "closed_form"),
+        ("residual_mlp", "gradient"),
+        ("identity", "closed_form"),
+    ],
+)
+def test_the_fit_follows_from_the_family(kind: str, fit: str, tmp_path: Path) -> None:
+    assert arguments(tmp_path, corrector_kind=kind).corrector_fit == fit
+
+
+@pytest.mark.parametrize(
+    ("negatives", "staleness", "needs_cache"),
+    [
+        ("softmax", "ignore", True), ("top_k", "ignore", True), ("uniform", "ignore", False),
+        ("in_batch", "ignore", False), ("uniform", "corrector", True), ("in_batch", "corrector", True),
+    ],
+)  # fmt: skip
+def test_a_cache_is_needed_for_scores_and_for_a_corrector(
+    negatives: str, staleness: str, needs_cache: bool, tmp_path: Path
+) -> None:
+    assert arguments(tmp_path, negatives=negatives, staleness=staleness).needs_cache is needs_cache
+
+
+def test_arguments_are_read_from_a_command_line(tmp_path: Path) -> None:
+    words = [
+        "--output_dir", str(tmp_path), "--negatives", "top_k", "--num_negatives", "3", "--share_negatives", "False",
+        "--refresh_steps", "0-10:5", "--corrector_kind", "residual_mlp", "--uniform_fraction", "0.5",
+        "--learning_rate", "3e-5", "--report_to", "none",
+    ]  # fmt: skip
+    (args,) = HfArgumentParser(DualEncoderTrainingArguments).parse_args_into_dataclasses(words)
+    assert (args.negatives, args.num_negatives, args.share_negatives) == ("top_k", 3, False)
+    assert (args.refresh_steps, args.corrector_kind, args.corrector_fit) == ("0-10:5", "residual_mlp", "gradient")
+    assert (args.uniform_fraction, args.learning_rate) == (0.5, 3e-5)
+
+
+def test_every_new_argument_is_explained() -> None:
+    inherited = DualEncoderTrainingArguments.__mro__[1].__dataclass_fields__
+    for name, field in DualEncoderTrainingArguments.__dataclass_fields__.items():
+        if name not in inherited:
+            assert field.metadata["help"].endswith("."), name
+
+
+def test_arguments_survive_their_own_dictionary(tmp_path: Path) -> None:
+    args = arguments(tmp_path, negatives="top_k", corrector_kind="residual_mlp")
+    again = DualEncoderTrainingArguments(**{
+        name: value for name, value in args.to_dict().items()
+        if name in ("output_dir", "negatives", "corrector_kind", "corrector_fit", "refresh_steps", "cache_dtype")
+    })  # fmt: skip
+    assert (again.negatives, again.corrector_fit) == ("top_k", "gradient")

@@ -1,0 +1,147 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from model_helpers import HIDDEN, TEXTS
+
+from hf_corrector.cache import TargetCache
+from hf_corrector.candidate_sampling import ContrastSet
+from hf_corrector.data.tokens import TokenStore
+from hf_corrector.encoding import EncodeOptions, build_cache, tokenize_texts
+from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel, SampledTargets
+from hf_corrector.records import EncoderFingerprint
+from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.live_cache import LiveCache
+from hf_corrector.training.target_choice import TargetChooser
+
+POSITIVES = [{0: 1.0}, {1: 1.0, 5: 0.5}, {2: 1.0}, {0: 1.0, 3: 1.0}]
+BATCH = {"query_rows": torch.tensor([2, 1, 3]), "positive_rows": torch.tensor([2, 5, 0])}
+
+
+@pytest.fixture
+def tokens(tiny_model: DualEncoderModel, tmp_path: Path) -> TokenStore:
+    return tokenize_texts(tiny_model, TEXTS, "target", tmp_path / "tokens", progress=False)
+
+
+def arguments(tmp_path: Path, **changes: Any) -> DualEncoderTrainingArguments:
+    return DualEncoderTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, seed=7, **changes)
+
+
+def live_cache(model: DualEncoderModel, args: DualEncoderTrainingArguments, path: Path) -> LiveCache:
+    corpus = Dataset.from_dict({"id": [str(row) for row in range(len(TEXTS))], "text": TEXTS})
+    cache = build_cache(model, corpus, path, options=EncodeOptions(progress=False)).cache
+    return LiveCache(cache, model, args)
+
+
+def choose(
+    model: DualEncoderModel,
+    args: DualEncoderTrainingArguments,
+    tokens: TokenStore,
+    live: LiveCache | None,
+    step: int = 0,
+) -> tuple[ContrastSet, SampledTargets]:
+    chooser = TargetChooser(model, args, tokens, positives=POSITIVES)
+    return chooser.choose(model.encode_query(TEXTS[:3]), BATCH, live=live, step=step)
+
+
+def test_in_batch_negatives_encode_nothing_more(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, negatives="in_batch", staleness="ignore")
+    contrast, sampled = choose(tiny_model, args, tokens, None)
+    assert contrast.rows.tolist() == [2, 5, 0]
+    assert sampled.tokens is None
+    assert sampled.log_proposal is None
+    assert sampled.allowed.all()
+
+
+@pytest.mark.parametrize("negatives", ["softmax", "top_k", "uniform"])
+def test_sampled_targets_come_with_their_tokens_and_without_known_positives(
+    negatives: str, tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, negatives=negatives, staleness="ignore", num_negatives=4, share_negatives=False)
+    contrast, sampled = choose(tiny_model, args, tokens, live_cache(tiny_model, args, tmp_path / "cache"))
+    assert contrast.rows[:3].tolist() == [2, 5, 0]
+    assert sampled.tokens is not None
+    extra = contrast.rows[3:].tolist()
+    for row, ids, mask in zip(extra, sampled.tokens["input_ids"], sampled.tokens["attention_mask"], strict=True):
+        assert ids[mask.bool()].tolist() == tokens.tokens([row])[0]
+    for query, (own, known) in enumerate(zip([2, 5, 0], [POSITIVES[2], POSITIVES[1], POSITIVES[3]], strict=True)):
+        seen = contrast.rows[contrast.allowed[query]].tolist()
+        assert len(seen) == 5
+        assert set(seen) & set(known) == {own}
+
+
+def test_uniform_negatives_need_no_cache_and_are_the_same_with_one(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, negatives="uniform", staleness="ignore", num_negatives=4)
+    without, _ = choose(tiny_model, args, tokens, None)
+    with_cache, _ = choose(tiny_model, args, tokens, live_cache(tiny_model, args, tmp_path / "cache"))
+    assert torch.equal(without.rows, with_cache.rows)
+    assert without.uniform[3:].all()
+
+
+def test_each_step_draws_anew_and_the_same_when_repeated(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, negatives="softmax", staleness="ignore", num_negatives=4, share_negatives=False)
+    live = live_cache(tiny_model, args, tmp_path / "cache")
+    rows = [choose(tiny_model, args, tokens, live, step)[0].rows.tolist() for step in (0, 1, 2, 0)]
+    assert rows[0] == rows[3]
+    assert len({tuple(one) for one in rows[:3]}) > 1
+
+
+def test_corrector_is_used_only_after_the_warm_up(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    settings = {"negatives": "top_k", "num_negatives": 3, "uniform_fraction": 0.0, "corrector_warmup_steps": 2}
+    args = arguments(tmp_path, **settings)
+    tiny_model.corrector = CorrectorModel(CorrectorConfig(kind="affine", input_dim=HIDDEN))
+    live = live_cache(tiny_model, args, tmp_path / "cache")
+    # A corrector that turns every vector around chooses what lies furthest away.
+    tiny_model.corrector.weight.copy_(-2 * torch.eye(HIDDEN))
+    live.corrected.invalidate()
+    rows = [set(choose(tiny_model, args, tokens, live, step)[0].rows.tolist()) for step in (0, 1, 2, 3)]
+    assert rows[0] == rows[1] != rows[2] == rows[3]
+
+
+@pytest.mark.parametrize("warmup", ["stale", "uniform"])
+def test_warm_up_may_be_uniform(warmup: str, tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path) -> None:
+    args = arguments(tmp_path, num_negatives=3, uniform_fraction=0.0, warmup_negatives=warmup, corrector_warmup_steps=1)
+    tiny_model.corrector = CorrectorModel(CorrectorConfig(kind="affine", input_dim=HIDDEN))
+    live = live_cache(tiny_model, args, tmp_path / "cache")
+    warm, _ = choose(tiny_model, args, tokens, live, 0)
+    later, _ = choose(tiny_model, args, tokens, live, 1)
+    assert bool(warm.uniform[3:].all()) is (warmup == "uniform")
+    assert not later.uniform.any()
+
+
+def test_cache_of_another_size_is_not_looked_at_before_the_corrector_is_used(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, num_negatives=3, uniform_fraction=0.0, corrector_warmup_steps=1)
+    tiny_model.corrector = CorrectorModel(CorrectorConfig(kind="affine", input_dim=5, output_dim=HIDDEN))
+    older = EncoderFingerprint.of_precomputed("older", normalize=False)
+    ids = [str(row) for row in range(len(TEXTS))]
+    cache = TargetCache.from_arrays(tmp_path / "older", torch.randn(len(TEXTS), 5), ids, fingerprint=older)
+    live = LiveCache(cache, tiny_model, args)
+    warm, _ = choose(tiny_model, args, tokens, live, 0)
+    later, _ = choose(tiny_model, args, tokens, live, 1)
+    assert warm.uniform[3:].all()
+    assert len(warm.rows) > 3
+    assert not later.uniform.any()
+
+
+def test_log_proposal_is_handed_on_only_where_it_is_to_be_subtracted(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    for wanted in (True, False):
+        args = arguments(
+            tmp_path, staleness="ignore", num_negatives=3, share_negatives=False, sampling_correction=wanted
+        )
+        contrast, sampled = choose(tiny_model, args, tokens, live_cache(tiny_model, args, tmp_path / "cache"))
+        assert (sampled.log_proposal is not None) is wanted
+        assert (contrast.log_proposal[:, 3:] != 0).any()
