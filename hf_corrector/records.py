@@ -19,6 +19,10 @@ from hf_corrector.version import __version__
 
 RECORD_FILE = "run.json"
 FITTED_FILE = "fitted_targets.json"
+# What encoder passes are spent on, in texts.
+COSTS = (
+    "initial_target_passes", "train_target_passes", "refresh_target_passes", "final_target_passes", "query_passes",
+)  # fmt: skip
 RECORDED_PACKAGES = (
     "torch", "transformers", "datasets", "accelerate", "peft", "faiss-cpu", "evaluate", "huggingface-hub", "numpy",
 )  # fmt: skip
@@ -84,14 +88,16 @@ class EncoderFingerprint:
 
 @dataclass(frozen=True)
 class FittedTargets:
-    """Which targets a corrector was fitted on, kept beside it so that later judgements know which queries are clean.
+    """What a corrector was fitted on, kept beside it: between which vectors it leads, and what it has seen.
 
     Attributes:
-        texts_hash: Hash of the corpus the rows count in.
-        rows: Target rows, ascending.
+        cache: Checksum of the manifest of the cache whose vectors it corrects.
+        encoder: Digest of the fingerprint of the encoder it leads to, for targets in float32.
+        rows: Target rows of the cache it was fitted on, ascending; queries looking for others are clean.
     """
 
-    texts_hash: str
+    cache: str
+    encoder: str
     rows: tuple[int, ...]
 
     def save(self, folder: Path) -> None:
@@ -109,7 +115,7 @@ class FittedTargets:
         if not path.is_file():
             return None
         value = checked_fields(cls, read_json(path), where=str(path))
-        return cls(value["texts_hash"], tuple(int(row) for row in value["rows"]))
+        return cls(value["cache"], value["encoder"], tuple(int(row) for row in value["rows"]))
 
 
 def checked_fields(cls: type[Any], value: Any, *, where: str) -> dict[str, Any]:

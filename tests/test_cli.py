@@ -123,8 +123,30 @@ def test_searching_with_another_encoder_is_refused_without_a_corrector(
 ) -> None:
     search = ["search", "--cache", str(trained / "cache"), "--model", str(trained), "--query", "sort"]
     assert main(search) == 1
-    assert "--corrector" in capsys.readouterr().err
+    assert "weights" in capsys.readouterr().err
     assert main([*search, "--corrector", str(trained / "corrector")]) == 0
+
+
+def test_a_corrector_of_other_vectors_is_refused(
+    trained: Path, folder: Path, tiny_encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = str(tmp_path / "cache")
+    assert main(["embed", "--data", str(folder), "--model", str(trained), "--output_dir", cache, "--quiet"]) == 0
+    corrector = ["--corrector", str(trained / "corrector"), "--query", "sort"]
+    assert main(["search", "--cache", cache, "--model", str(trained), *corrector]) == 1
+    assert "the corrector of this cache" in capsys.readouterr().err
+    assert main(["search", "--cache", str(trained / "cache"), "--model", tiny_encoder, *corrector]) == 1
+    assert "to another encoder" in capsys.readouterr().err
+    assert main(["search", "--cache", cache, "--model", str(trained), "--corrector", str(trained), "--query", "a"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_no_secret_reaches_the_record() -> None:
+    from hf_corrector.cli.common import plain_arguments
+    from hf_corrector.training.arguments import DualEncoderTrainingArguments
+
+    written = plain_arguments(DualEncoderTrainingArguments("out", hub_token="hf_secret"))
+    assert "hf_secret" not in json.dumps(written)
 
 
 @pytest.mark.parametrize(

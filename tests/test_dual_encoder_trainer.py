@@ -130,6 +130,7 @@ def test_the_encoders_optimiser_never_touches_the_corrector(
     trainer = trainer_for(
         tiny_encoder, data, tmp_path, corrector_kind="residual_mlp", corrector_learning_rate=0.0, weight_decay=0.1
     )
+    trainer.prepare()
     assert trainer.model.corrector is not None
     before = {name: tensor.clone() for name, tensor in trainer.model.corrector.named_parameters()}
     trainer.train()
@@ -297,7 +298,7 @@ def test_judgement_knows_the_old_model_and_clean_queries(
     expected = sum(not any(row_of[one] in seen for one in ids) for ids in column(data.test, "positive_ids"))
     assert found["clean_queries"] == expected
     assert trainer.cost["final_target_passes"] == len(data.corpus)
-    with pytest.raises(CacheMismatchError, match="training started from"):
+    with pytest.raises(CacheMismatchError, match="weights"):
         trainer.judge(data.test, old_model=trainer.model)
 
 
@@ -359,3 +360,95 @@ def test_bad_arguments_are_refused_before_any_work(tiny_encoder: str, data: Retr
     no_cache = trainer_for(tiny_encoder, data, tmp_path / "n", negatives="in_batch", staleness="ignore")
     with pytest.raises(ConfigurationError, match="build_cache"):
         no_cache.judge(data.test)
+
+
+def test_a_run_is_a_function_of_its_seed(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    states = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)
+        trainer = trainer_for(tiny_encoder, data, tmp_path / str(number), corrector_kind="residual_mlp", seed=seed)
+        trainer.train()
+        states.append(weights(trainer.model))
+    assert_same(states[0], states[1])
+    assert not torch.equal(states[0]["corrector.hidden.weight"], states[2]["corrector.hidden.weight"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"corrector_kind": "residual_mlp"}, {"refresh_steps": "10"}])
+def test_the_best_model_comes_back_with_the_corrector_that_belongs_to_it(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    trainer = trainer_for(
+        tiny_encoder, data, tmp_path, max_steps=24, eval_strategy="steps", eval_steps=6, save_strategy="steps",
+        save_steps=6, load_best_model_at_end=True, learning_rate=3e-3, corrector_window=12, **changes,
+    )  # fmt: skip
+    trainer.train()
+    best = Path(str(trainer.state.best_model_checkpoint))
+    assert trainer.args.metric_for_best_model == "mrr@10" and best.name.startswith("checkpoint-")
+    saved = DualEncoderModel.from_pretrained(str(best))
+    texts = column(data.corpus, "text")[:5]
+    assert torch.equal(trainer.model.encode_target(texts), saved.encode_target(texts))
+    report = trainer.judge(data.test)
+    assert report.cosines["corrected"] >= report.cosines["stale"] - 1e-3
+
+
+def test_a_corrector_left_from_an_earlier_run_starts_again_on_a_new_cache(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    first = trainer_for(tiny_encoder, data, tmp_path / "a")
+    first.train()
+    first.save_model()
+    model = DualEncoderModel.from_pretrained(str(tmp_path / "a"))
+    second = DualEncoderTrainer(model, arguments(tmp_path / "b"), train_dataset=data.train, targets=data.corpus)
+    second.prepare()
+    stale = second.live_cache.cache.read(0, 10)
+    assert torch.allclose(second.live_cache.corrected.read(0, 10), stale, atol=1e-6)
+    third = DualEncoderTrainer(
+        model, arguments(tmp_path / "c", staleness="ignore"), train_dataset=data.train, targets=data.corpus
+    )
+    third.train()
+    third.save_model()
+    assert not (tmp_path / "c" / "corrector").exists()
+
+
+def test_a_moved_run_resumes_and_other_arguments_are_refused(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer_for(tiny_encoder, data, tmp_path / "a", **saving).train()
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = trainer_for(tiny_encoder, data, tmp_path / "b", **saving)
+    moved.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    assert moved.state.global_step == 6
+    other = trainer_for(tiny_encoder, data, tmp_path / "b", corrector_kind="mean_shift", **saving)
+    with pytest.raises(CheckpointError, match="mean_shift"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_refreshed_caches_nothing_names_are_removed(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    trainer = trainer_for(
+        tiny_encoder, data, tmp_path, staleness="refresh", refresh_steps="2", max_steps=9, save_strategy="steps",
+        save_steps=5,
+    )  # fmt: skip
+    trainer.train()
+    # Step 5's checkpoint names the cache of step 4; the current one is that of step 8.
+    assert sorted(folder.name for folder in tmp_path.glob("cache-*")) == ["cache-0002", "cache-0004"]
+    assert (tmp_path / "cache").is_dir()
+
+
+def test_training_again_forgets_the_pairs_of_the_first_time(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path, corrector_window=3)
+    trainer.train()
+    trainer.train()
+    steps = trainer.live_cache.online.window.pairs().steps
+    assert steps.min() >= 3 and len(trainer.live_cache.online.window) <= 3 * 8
+
+
+def test_columns_that_say_nothing_new_may_be_left_out(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    model = DualEncoderModel.from_encoder(tiny_encoder)
+    bare = data.train.remove_columns(["positive_grades", "metadata"])
+    targets = data.corpus.remove_columns(["metadata"])
+    DualEncoderTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=bare, targets=targets).train()
+    with pytest.raises(DataError, match="eval_dataset"):
+        DualEncoderTrainer(model, arguments(tmp_path), targets=targets, eval_dataset=data.dev.select([]))

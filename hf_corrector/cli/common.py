@@ -6,20 +6,23 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_corrector._extras import demo_encoder
+from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.datasets import load_retrieval_data
 from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.data.stdlib import standard_library_data
-from hf_corrector.errors import ConfigurationError, DataError, InputError
+from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError, InputError
 from hf_corrector.models.configuration_dual_encoder import POOLINGS, DualEncoderConfig
+from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.sentence_transformers_format import read_repository_json
-from hf_corrector.records import RECORD_FILE
+from hf_corrector.records import RECORD_FILE, FittedTargets
 
 STDLIB = "stdlib"
 DATA_HELP = "BEIR folder or Hub data set; by default 'stdlib', made from Python's own standard library"
@@ -50,7 +53,7 @@ class EncoderChoice:
     query_prompt: str | None = field(default=None, metadata={"help": "text put before every query"})
     target_prompt: str | None = field(default=None, metadata={"help": "text put before every target"})
 
-    def load(self) -> DualEncoderModel:
+    def load(self, device: str | None = None) -> DualEncoderModel:
         """Load a saved dual encoder as it is, or make one from any encoder.
 
         Raises:
@@ -63,9 +66,10 @@ class EncoderChoice:
         }  # fmt: skip
         given = {key: value for key, value in settings.items() if value is not None}
         if not is_dual_encoder(name, self.revision):
-            return DualEncoderModel.from_encoder(
+            plain = DualEncoderModel.from_encoder(
                 name, revision=self.revision, num_hidden_layers=self.num_layers, **given
             )
+            return plain if device is None else on_device(plain, device)
         if self.num_layers is not None:
             given["num_layers"] = self.num_layers
         if given:
@@ -73,12 +77,49 @@ class EncoderChoice:
                 name, expected="no settings for a saved dual encoder, which has its own", got=str(sorted(given)),
                 cure="Leave them out, or name the encoder it was made from.",
             )  # fmt: skip
-        return DualEncoderModel.from_pretrained(name, revision=self.revision or "main")
+        saved = DualEncoderModel.from_pretrained(name, revision=self.revision or "main")
+        return saved if device is None else on_device(saved, device)
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> EncoderChoice:
         """Take the choice out of parsed arguments."""
         return cls(**{item.name: getattr(arguments, item.name) for item in dataclasses.fields(EncoderChoice)})
+
+
+def on_device(model: DualEncoderModel, device: str) -> DualEncoderModel:
+    """Move a model and return it."""
+    cast(torch.nn.Module, model).to(device)
+    return model
+
+
+def add_device_argument(target: argparse.ArgumentParser) -> None:
+    """Add the argument that says where to compute."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    target.add_argument("--device", default=best, help=f"where to compute; here {best!r} by default")
+
+
+def load_corrector(
+    name: str | None, cache: TargetCache, model: DualEncoderModel
+) -> tuple[CorrectorModel | None, FittedTargets | None]:
+    """Load a corrector and what was noted beside it when it was fitted.
+
+    Raises:
+        CacheMismatchError: If the note says it leads from another cache or to another encoder.
+    """
+    if name is None:
+        return None, None
+    corrector, fitted = CorrectorModel.from_pretrained(name), FittedTargets.load(Path(name))
+    if fitted is not None and fitted.cache != cache.manifest.checksum:
+        raise CacheMismatchError(
+            name, expected="the corrector of this cache", got=f"one that was fitted to another than {cache.path}",
+            cure="Name the cache it was fitted to; after a refresh that is the newest cache-NNNN of the run.",
+        )  # fmt: skip
+    if fitted is not None and fitted.encoder != model.fingerprint("target").digest:
+        raise CacheMismatchError(
+            name, expected=f"a corrector that leads to {model.config.name_or_path}", got="one to another encoder",
+            cure="Name the encoder it was trained with as --model.",
+        )  # fmt: skip
+    return corrector, fitted
 
 
 def is_dual_encoder(name: str, revision: str | None = None) -> bool:

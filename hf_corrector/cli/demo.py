@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
         logging_steps=20, save_strategy="no", report_to=[], disable_tqdm=arguments.quiet, bf16=_fast_bfloat16(),
     )  # fmt: skip
     what = WhatToTrain(model=arguments.model, num_layers=arguments.num_layers, max_length=arguments.max_length)
-    report = train_and_judge(what, args)
+    report = train_and_judge(what, args, command="demo")
     print(f"\n{report.table()}\n\n{report.judgement.sentence()}")
     print(f"\nModel, corrector, cache and run.json are in {arguments.output_dir}. Try:")
     print(

@@ -9,6 +9,7 @@ from hf_corrector.cli.common import (
     DTYPES,
     EncoderChoice,
     add_data_argument,
+    add_device_argument,
     add_model_arguments,
     load_data,
     parser,
@@ -16,7 +17,7 @@ from hf_corrector.cli.common import (
     quieten,
 )
 from hf_corrector.encoding import DEFAULT_SHARD_ROWS, EncodeOptions, build_cache
-from hf_corrector.records import RunRecord
+from hf_corrector.records import COSTS, RunRecord
 
 EXAMPLES = """\
   hf-corrector embed --data my_beir_folder --model intfloat/e5-base-v2 --output_dir cache
@@ -31,6 +32,7 @@ def run(argv: list[str]) -> int:
     )
     add_data_argument(flags)
     add_model_arguments(flags)
+    add_device_argument(flags)
     flags.add_argument("--output_dir", required=True, metavar="CACHE", help="folder of the cache")
     flags.add_argument("--cache_dtype", choices=DTYPES, default="float32", help="type of the stored vectors")
     flags.add_argument("--compute_dtype", choices=DTYPES, default="float32", help="arithmetic of the encoder")
@@ -39,7 +41,7 @@ def run(argv: list[str]) -> int:
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = flags.parse_args(argv)
     quieten()
-    data, model = load_data(arguments.data), EncoderChoice.of(arguments).load()
+    data, model = load_data(arguments.data), EncoderChoice.of(arguments).load(arguments.device)
     started = time.time()
     options = EncodeOptions(
         cache_dtype=arguments.cache_dtype, compute_dtype=arguments.compute_dtype,
@@ -47,10 +49,13 @@ def run(argv: list[str]) -> int:
     )  # fmt: skip
     built = build_cache(model, data.corpus, Path(arguments.output_dir), options=options)
     seconds = time.time() - started
-    RunRecord(
+    record = RunRecord(
         command="embed", seed=0, arguments=plain_arguments(arguments),
-        cost={"initial_target_passes": built.encoded}, timing={"encode_targets": seconds},
+        cost={**dict.fromkeys(COSTS, 0), "initial_target_passes": built.encoded}, timing={"encode_targets": seconds},
         manifests=[built.cache.manifest.to_dict()],
-    ).save(built.cache.path)  # fmt: skip
+    )  # fmt: skip
+    if built.encoded:
+        # An open cache is left as it is: its record tells what making it took.
+        record.save(built.cache.path)
     print(f"{built.cache!r}: {built.encoded:,} targets encoded in {seconds:.1f} s")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,11 +14,14 @@ from hf_corrector.cli.common import (
     DTYPES,
     EncoderChoice,
     add_data_argument,
+    add_device_argument,
     add_model_arguments,
     is_dual_encoder,
     judged_split,
+    load_corrector,
     load_data,
     new_output_folder,
+    on_device,
     parser,
     plain_arguments,
     quieten,
@@ -30,9 +32,9 @@ from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CacheMismatchError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.staleness import Conditions, measure_staleness
-from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
-from hf_corrector.records import FittedTargets, RunRecord
+from hf_corrector.records import COSTS, RunRecord
+from hf_corrector.training.checks import check_made_by
 
 EXAMPLES = """\
   hf-corrector evaluate --cache cache --model out --corrector out/corrector --data my_beir_folder --output_dir judged
@@ -43,6 +45,48 @@ EXAMPLES = """\
 
 def run(argv: list[str]) -> int:
     """Run the command."""
+    arguments = _flags().parse_args(argv)
+    quieten()
+    out, started = new_output_folder(arguments.output_dir), time.time()
+    data, cache = load_data(arguments.data), TargetCache.open(arguments.cache)
+    if texts_hash(data.corpus) != cache.texts_hash:
+        raise CacheMismatchError(
+            arguments.cache, expected="a cache of the targets in --data", got="other ids or texts",
+            cure="Name the data the cache was made from.",
+        )  # fmt: skip
+    model, split = EncoderChoice.of(arguments).load(arguments.device), judged_split(data)
+    corrector, fitted = load_corrector(arguments.corrector, cache, model)
+    if corrector is not None and fitted is None:
+        print(
+            "note: nothing says which of these targets the corrector was fitted on, so all queries count as clean; "
+            "if it was fitted on some, its numbers are too good"
+        )
+    old = None if arguments.old_model is None else _old_model(arguments, model, cache)
+    options = EncodeOptions(compute_dtype=arguments.compute_dtype, progress=not arguments.quiet)
+    fresh = build_cache(model, data.corpus, out / "fresh", options=options)
+    report = measure_staleness(
+        Conditions(
+            queries=_encode(model, split, arguments), stale=cache,
+            corrected=None if corrector is None else CorrectedTargets(cache, corrector), fresh=fresh.cache,
+            old_queries=None if old is None else _encode(old, split, arguments), old=cache,
+        ),
+        positives_as_rows(split, data.corpus),
+        fitted_rows=np.asarray([] if fitted is None else fitted.rows, dtype=np.int64), scale=model.config.scale,
+        options=JudgeOptions(seed=arguments.seed, device=arguments.device, progress=not arguments.quiet),
+    )  # fmt: skip
+    queries = len(split) * (1 if old is None else 2)
+    RunRecord(
+        command="evaluate", seed=arguments.seed, arguments=plain_arguments(arguments), evaluation=report.to_dict(),
+        fidelity=report.fidelity_dict(),
+        cost={**dict.fromkeys(COSTS, 0), "final_target_passes": fresh.encoded, "query_passes": queries},
+        timing={"total": time.time() - started},
+        manifests=[cache.manifest.to_dict(), fresh.cache.manifest.to_dict()],
+    ).save(out)  # fmt: skip
+    print(f"{report.table()}\n\n{report.judgement.sentence()}")
+    return 0
+
+
+def _flags() -> argparse.ArgumentParser:
     flags = parser(
         "evaluate", "Compare stale, corrected and fresh targets on the same queries; re-encodes the corpus.", EXAMPLES
     )
@@ -55,78 +99,24 @@ def run(argv: list[str]) -> int:
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     add_data_argument(flags)
     add_model_arguments(flags)
-    arguments = flags.parse_args(argv)
-    quieten()
-    out = new_output_folder(arguments.output_dir)
-    data, cache = load_data(arguments.data), TargetCache.open(arguments.cache)
-    if texts_hash(data.corpus) != cache.texts_hash:
-        raise CacheMismatchError(
-            arguments.cache, expected="a cache of the targets in --data", got="other ids or texts",
-            cure="Name the data the cache was made from.",
-        )  # fmt: skip
-    corrector = None if arguments.corrector is None else CorrectorModel.from_pretrained(arguments.corrector)
-    model, split, started = EncoderChoice.of(arguments).load(), judged_split(data), time.time()
-    options = EncodeOptions(compute_dtype=arguments.compute_dtype, progress=not arguments.quiet)
-    fresh = build_cache(model, data.corpus, out / "fresh", options=options)
-    old_queries = None
-    if arguments.old_model is not None:
-        old_queries = _encode(_old_model(arguments.old_model, model, cache), split, arguments)
-    report = measure_staleness(
-        Conditions(
-            queries=_encode(model, split, arguments), stale=cache,
-            corrected=None if corrector is None else CorrectedTargets(cache, corrector), fresh=fresh.cache,
-            old_queries=old_queries, old=cache,
-        ),
-        positives_as_rows(split, data.corpus), fitted_rows=_fitted_rows(arguments.corrector, cache),
-        scale=model.config.scale, options=JudgeOptions(seed=arguments.seed),
-    )  # fmt: skip
-    queries = len(split) * (1 if old_queries is None else 2)
-    RunRecord(
-        command="evaluate", seed=arguments.seed, arguments=plain_arguments(arguments), evaluation=report.to_dict(),
-        fidelity=report.fidelity_dict(),
-        cost={
-            "initial_target_passes": 0, "train_target_passes": 0, "refresh_target_passes": 0,
-            "final_target_passes": fresh.encoded, "query_passes": queries,
-        },
-        timing={"total": time.time() - started},
-        manifests=[cache.manifest.to_dict(), fresh.cache.manifest.to_dict()],
-    ).save(out)  # fmt: skip
-    print(f"{report.table()}\n\n{report.judgement.sentence()}")
-    return 0
+    add_device_argument(flags)
+    return flags
 
 
 def _encode(model: DualEncoderModel, split: Dataset, arguments: argparse.Namespace) -> torch.Tensor:
     return model.encode_query(column(split, "query"), compute_dtype=arguments.compute_dtype)
 
 
-def _old_model(name: str, model: DualEncoderModel, cache: TargetCache) -> DualEncoderModel:
+def _old_model(arguments: argparse.Namespace, model: DualEncoderModel, cache: TargetCache) -> DualEncoderModel:
     """Load the encoder a cache was made with; a plain one gets the settings of the encoder that came of it."""
+    name, config = arguments.old_model, model.config
     if is_dual_encoder(name):
         old = DualEncoderModel.from_pretrained(name)
     else:
-        config = model.config
         old = DualEncoderModel.from_encoder(
             name, num_hidden_layers=config.encoder.get_text_config().num_hidden_layers, pooling=config.pooling,
             query_prompt=config.query_prompt, target_prompt=config.target_prompt, normalize=config.normalize,
             query_max_length=config.query_max_length, target_max_length=config.target_max_length,
         )  # fmt: skip
-    if old.fingerprint("target").weights != cache.fingerprint.weights:
-        raise CacheMismatchError(
-            str(cache.path), expected=f"vectors made by {name}", got=f"vectors made by {cache.fingerprint.name}",
-            cure="Name the encoder that made the cache as --old_model.",
-        )  # fmt: skip
-    return old
-
-
-def _fitted_rows(corrector: str | None, cache: TargetCache) -> np.ndarray:
-    """Return which targets the corrector has seen, as the trainer noted beside it."""
-    if corrector is None:
-        return np.zeros(0, dtype=np.int64)
-    fitted = FittedTargets.load(Path(corrector))
-    if fitted is None or fitted.texts_hash != cache.texts_hash:
-        print(
-            "note: nothing says which of these targets the corrector was fitted on, so all queries count as clean; "
-            "if it was fitted on some, its numbers are too good"
-        )
-        return np.zeros(0, dtype=np.int64)
-    return np.asarray(fitted.rows, dtype=np.int64)
+    check_made_by(cache, old)
+    return on_device(old, arguments.device)

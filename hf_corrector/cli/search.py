@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from hf_corrector.cache.target_cache import TargetCache
-from hf_corrector.cli.common import DATA_HELP, EncoderChoice, add_model_arguments, load_data, parser, quieten
+from hf_corrector.cli.common import (
+    DATA_HELP,
+    EncoderChoice,
+    add_device_argument,
+    add_model_arguments,
+    load_corrector,
+    load_data,
+    parser,
+    quieten,
+)
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.errors import CacheMismatchError
 from hf_corrector.index.exact import ExactIndex
-from hf_corrector.models.modeling_corrector import CorrectorModel
+from hf_corrector.training.checks import check_made_by
 
 EXAMPLES = """\
   hf-corrector search --cache out/cache --model out --corrector out/corrector --query "read a file line by line"
@@ -20,25 +29,24 @@ def run(argv: list[str]) -> int:
     """Run the command."""
     flags = parser("search", "Find the targets of a cache that are nearest to queries.", EXAMPLES)
     flags.add_argument("--cache", required=True, metavar="CACHE", help="folder of the cache")
-    flags.add_argument("--corrector", metavar="H", help="folder or Hub id of a corrector; without it, as cached")
+    flags.add_argument("--corrector", metavar="H", help="folder or Hub id of a corrector, if the vectors are older")
     flags.add_argument("--query", required=True, action="append", metavar="TEXT", help="may be given several times")
     flags.add_argument("--top_k", type=int, default=5, help="targets per query")
     flags.add_argument("--data", metavar="DIR", help=f"show texts from here: {DATA_HELP.split(';')[0]}, or 'stdlib'")
     add_model_arguments(flags)
+    add_device_argument(flags)
     arguments = flags.parse_args(argv)
     quieten()
     cache = TargetCache.open(arguments.cache)
     texts = None if arguments.data is None else _texts(arguments.data, cache)
-    model = EncoderChoice.of(arguments).load()
-    corrector = None if arguments.corrector is None else CorrectorModel.from_pretrained(arguments.corrector)
-    if corrector is None and cache.fingerprint.weights != model.fingerprint("target").weights:
-        raise CacheMismatchError(
-            arguments.cache, expected=f"vectors made by {model.config.name_or_path}",
-            got=f"vectors made by {cache.fingerprint.name}",
-            cure="Give the --corrector between the two encoders, or the encoder the cache was made with.",
-        )  # fmt: skip
+    model = EncoderChoice.of(arguments).load(arguments.device)
+    corrector, _ = load_corrector(arguments.corrector, cache, model)
+    if corrector is None:
+        check_made_by(cache, model)
     queries = model.encode_query(arguments.query)
-    found = ExactIndex(CorrectedTargets(cache, corrector)).search(queries, min(arguments.top_k, len(cache)))
+    found = ExactIndex(CorrectedTargets(cache, corrector), device=arguments.device).search(
+        queries, min(arguments.top_k, len(cache))
+    )
     for query, rows, scores in zip(arguments.query, found.rows.tolist(), found.scores.tolist(), strict=True):
         print(f"\n{query}")
         for place, (row, score) in enumerate(zip(rows, scores, strict=True), start=1):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from transformers import HfArgumentParser
@@ -72,7 +71,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def train_and_judge(what: WhatToTrain, args: DualEncoderTrainingArguments) -> StalenessReport:
+def train_and_judge(
+    what: WhatToTrain, args: DualEncoderTrainingArguments, *, command: str = "train"
+) -> StalenessReport:
     """Train, save, judge on the test split and write ``run.json``.
 
     Raises:
@@ -101,11 +102,16 @@ def train_and_judge(what: WhatToTrain, args: DualEncoderTrainingArguments) -> St
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     judged = time.time()
-    report = trainer.judge(split, old_model=what.load(), options=JudgeOptions(seed=args.seed))
-    _record(trainer, what, report, {
+    report = trainer.judge(
+        split,
+        old_model=what.load(),
+        options=JudgeOptions(seed=args.seed, device=args.device, progress=not args.disable_tqdm),
+    )
+    record = _record(trainer, what, report, {
         "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
         "judge": time.time() - judged, "total": time.time() - started,
-    }, measured).save(Path(out))  # fmt: skip
+    }, measured)  # fmt: skip
+    replace(record, command=command).save(out)
     return report
 
 

@@ -106,8 +106,24 @@ def positives_as_rows(split: Dataset, corpus: Dataset) -> list[dict[int, float]]
     return positives
 
 
-def validate(data: RetrievalData) -> None:
+def with_optional_columns(dataset: Dataset) -> Dataset:
+    """Add the columns a user may leave out: empty ``metadata``, and a grade of 1 for every positive."""
+    if not isinstance(dataset, Dataset):
+        return dataset
+    if "positive_ids" in dataset.column_names and "positive_grades" not in dataset.column_names:
+        grades = [[1.0] * len(ids) for ids in column(dataset, "positive_ids")]
+        dataset = dataset.add_column("positive_grades", grades)
+    if "metadata" not in dataset.column_names:
+        dataset = dataset.add_column("metadata", ["{}"] * len(dataset))
+    return dataset
+
+
+def validate(data: RetrievalData, *, name: str | None = None) -> None:
     """Check a data set built by hand: columns, unique ids, and positives that exist.
+
+    Args:
+        data: What to check.
+        name: What to call a single split in errors, where it is not the caller's train, dev or test.
 
     Raises:
         DataError: At the first thing that is wrong, naming the split and the row.
@@ -119,11 +135,12 @@ def validate(data: RetrievalData) -> None:
     _check_texts(data.corpus, "text", where="corpus")
     if not data.splits:
         raise DataError("data", expected="a train, dev or test split", got="none of them", cure="Give at least one.")
-    for name, split in data.splits.items():
-        _check_columns(split, name, QUERY_FEATURES)
-        _unique(split, "query_id", where=name)
-        _check_texts(split, "query", where=name)
-        _check_positives(split, name, target_ids)
+    for usual_name, split in data.splits.items():
+        where = usual_name if name is None else name
+        _check_columns(split, where, QUERY_FEATURES)
+        _unique(split, "query_id", where=where)
+        _check_texts(split, "query", where=where)
+        _check_positives(split, where, target_ids)
 
 
 def _check_columns(dataset: Dataset, where: str, features: Features) -> None:

@@ -246,7 +246,7 @@ class DualEncoderModel(PreTrainedModel):
         """
         if kwargs.get("push_to_hub"):
             raise ConfigurationError(
-                "save_pretrained", expected="no push_to_hub: it would upload before tokenizer and corrector are written",
+                "save_pretrained", expected="no push_to_hub: it would upload without tokenizer and corrector",
                 got="push_to_hub=True", cure="Call model.push_to_hub(repo_id), which uploads all of them.",
             )  # fmt: skip
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -169,7 +169,8 @@ class DualEncoderTrainingArguments(TrainingArguments):
         if self.staleness == "refresh" and not self.samples_from_scores:
             raise ConfigurationError(
                 "staleness", expected="'ignore' or 'corrector' where no negative is chosen by a cached vector",
-                got=f"'refresh' with negatives={self.negatives!r}", cure="Use staleness='ignore': nothing is read stale.",
+                got=f"'refresh' with negatives={self.negatives!r}",
+                cure="Use staleness='ignore': nothing is read stale.",
             )  # fmt: skip
         if self.push_to_hub:
             raise ConfigurationError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,41 +13,38 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import speed_metrics
+from transformers.utils import logging
 
-from hf_corrector._distributed import world_size
 from hf_corrector._files import read_json, write_json
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.candidate_sampling import ContrastSet
 from hf_corrector.data.collators import PairCollator, PairDataset
-from hf_corrector.data.pairs import from_pairs
-from hf_corrector.data.retrieval import RetrievalData, column, positives_as_rows, texts_hash, validate
+from hf_corrector.data.retrieval import column, positives_as_rows
 from hf_corrector.encoding import build_cache, encode_rows, tokenize_texts
-from hf_corrector.errors import CacheMismatchError, ConfigurationError
+from hf_corrector.errors import ConfigurationError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.staleness import Conditions, StalenessReport, measure_staleness
 from hf_corrector.index.base import TargetVectors, TensorVectors
 from hf_corrector.index.exact import ExactIndex
 from hf_corrector.metrics import quality
-from hf_corrector.models.configuration_corrector import CorrectorConfig
-from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel, SampledTargets
-from hf_corrector.records import FittedTargets
+from hf_corrector.records import COSTS, FittedTargets
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.callbacks import StalenessCallback
 from hf_corrector.training.checkpointing import CheckpointingTrainer
+from hf_corrector.training.checks import attach_corrector, check_data, check_given_cache, check_made_by, check_types
 from hf_corrector.training.live_cache import (
     STATE_FILE,
     LiveCache,
     compute_dtype_of,
     encode_options_of,
+    settings_of,
 )
 from hf_corrector.training.refresh_schedule import RefreshSchedule
 from hf_corrector.training.step_log import StepLog
 from hf_corrector.training.target_choice import TargetChooser
 
-COSTS = (
-    "initial_target_passes", "train_target_passes", "refresh_target_passes", "final_target_passes", "query_passes",
-)  # fmt: skip
+logger = logging.get_logger(__name__)
 
 
 class DualEncoderTrainer(CheckpointingTrainer):
@@ -99,32 +95,17 @@ class DualEncoderTrainer(CheckpointingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        _check_types(model, args)
-        if targets is None and train_dataset is not None:
-            data = from_pairs(train_dataset, dev_fraction=0.0, test_fraction=0.0)
-            train_dataset, targets = data.train, data.corpus
-        if targets is None:
-            raise ConfigurationError(
-                "DualEncoderTrainer", expected="targets to search", got="None", cure="Pass data.corpus as `targets`."
-            )
-        for split in (train_dataset, *_splits(eval_dataset)):
-            if split is not None:
-                validate(RetrievalData(corpus=targets, train=split, dev=None, test=None))
+        check_types(model, args)
+        train_dataset, targets, eval_dataset = check_data(train_dataset, targets, eval_dataset)
         if target_cache is not None:
-            _check_given_cache(target_cache, targets, model)
+            check_given_cache(target_cache, targets, model)
         self.targets, self._given_cache = targets, target_cache
-        _attach_corrector(model, args)
+        attach_corrector(model, args)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=cast(Any, PairCollator(model.pad_token_id("query"), model.pad_token_id("target"))),
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
-        if world_size() > 1 or self.args.n_gpu > 1:
-            raise ConfigurationError(
-                "DualEncoderTrainer", expected="one process and one device",
-                got=f"{world_size()} processes, {self.args.n_gpu} devices",
-                cure="Set CUDA_VISIBLE_DEVICES to one GPU and start without a distributed launcher.",
-            )  # fmt: skip
         self.add_callback(StalenessCallback(self))
         self.live_cache: LiveCache | None = None
         self._held_out: torch.Tensor | None = None
@@ -193,6 +174,8 @@ class DualEncoderTrainer(CheckpointingTrainer):
         )  # fmt: skip
         self.cost["initial_target_passes"] += built.encoded
         self.live_cache = LiveCache(built.cache, self.model, self.args, held_out=self._held_out)
+        # These vectors are the model's own, so whatever corrector it came with has nothing to correct.
+        self.live_cache.reset_corrector()
         return built.cache
 
     def refresh_cache(self) -> TargetCache:
@@ -275,6 +258,20 @@ class DualEncoderTrainer(CheckpointingTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Estimate the operations of a step; transformers' own expects a single tensor of tokens."""
         return self.model.floating_point_ops(inputs)
+
+    def start_following(self) -> None:
+        """Forget pairs of an earlier call of :meth:`train`, whose steps were counted from zero too."""
+        if self.args.corrector_warmup_steps >= self.state.max_steps and self.args.uses_corrector:
+            logger.warning("corrector_warmup_steps is not below max_steps: the corrector is fitted but never used.")
+        if self.live_cache is not None and self.live_cache.online is not None and self.state.global_step == 0:
+            self.live_cache.online.window.clear()
+
+    def _load_best_model(self) -> None:
+        """Restore with the best weights the cache and the corrector's pairs that belong to them."""
+        super()._load_best_model()
+        if self.live_cache is not None:
+            folder = Path(str(self.state.best_model_checkpoint))
+            self.live_cache = LiveCache.reopen(folder, self.model, self.args, held_out=self._held_out)
 
     def after_step(self, step: int) -> None:
         """Refresh the cache if the schedule says so; called after every optimiser step."""
@@ -367,7 +364,8 @@ class DualEncoderTrainer(CheckpointingTrainer):
         live = self._need_cache("judge")
         old_queries = None
         if old_model is not None:
-            _check_old_model(old_model, live.first)
+            check_made_by(live.first, old_model)
+            cast(torch.nn.Module, old_model).to(self.args.device)
             old_queries = self.encode_queries(split, old_model)
         conditions = Conditions(
             queries=self.encode_queries(split), stale=live.cache, corrected=live.corrected, fresh=self.encode_fresh(),
@@ -375,7 +373,8 @@ class DualEncoderTrainer(CheckpointingTrainer):
         )  # fmt: skip
         return measure_staleness(
             conditions, positives_as_rows(split, self.targets), fitted_rows=self.fitted_rows,
-            scale=self.model.config.scale, options=options,
+            scale=self.model.config.scale,
+            options=JudgeOptions(device=self.args.device) if options is None else options,
         )  # fmt: skip
 
     @property
@@ -391,7 +390,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
     def save_extra_state(self, folder: Path) -> None:
         """Write costs, caches and the corrector's pairs into a checkpoint."""
         if self.live_cache is None:
-            write_json(folder / STATE_FILE, {"cost": self.cost, "caches": []})
+            write_json(folder / STATE_FILE, {"cost": self.cost, "caches": [], "settings": settings_of(self.args)})
         else:
             self.live_cache.save(folder, self.cost)
 
@@ -400,67 +399,13 @@ class DualEncoderTrainer(CheckpointingTrainer):
         super().save_model(output_dir, _internal_call)
         if self.live_cache is not None and self.live_cache.online is not None and self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER
-            FittedTargets(self.live_cache.cache.texts_hash, tuple(self.fitted_rows.tolist())).save(folder)
+            FittedTargets(
+                cache=self.live_cache.cache.manifest.checksum, encoder=self.model.fingerprint("target").digest,
+                rows=tuple(self.fitted_rows.tolist()),
+            ).save(folder)  # fmt: skip
 
     def load_extra_state(self, folder: Path) -> None:
         """Read costs; caches and pairs are restored by :meth:`prepare`."""
         state = read_json(folder / STATE_FILE)
         self.cost = {**dict.fromkeys(COSTS, 0), **state["cost"]}
         self._resumed_from, self._resumed_with_cache, self._prepared = folder, bool(state["caches"]), False
-
-
-def _splits(eval_dataset: Dataset | dict[str, Dataset] | None) -> Sequence[Dataset]:
-    if eval_dataset is None:
-        return []
-    return list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-
-
-def _check_types(model: Any, args: Any) -> None:
-    if not isinstance(model, DualEncoderModel) or not isinstance(args, DualEncoderTrainingArguments):
-        raise ConfigurationError(
-            "DualEncoderTrainer", expected="a DualEncoderModel and DualEncoderTrainingArguments",
-            got=f"{type(model).__name__} and {type(args).__name__}",
-            cure="Make the model with DualEncoderModel.from_encoder(...).",
-        )  # fmt: skip
-
-
-def _attach_corrector(model: DualEncoderModel, args: DualEncoderTrainingArguments) -> None:
-    """Give the model a corrector as the arguments ask, or go on with the one of the same kind it has."""
-    if not args.uses_corrector:
-        if model.corrector is not None:
-            model.corrector.requires_grad_(False)
-        return
-    dim = model.config.embedding_dim
-    config = CorrectorConfig(
-        kind=args.corrector_kind, input_dim=dim, hidden_dim=args.corrector_hidden_dim,
-        activation=args.corrector_activation, normalize_output=model.config.normalize,
-    )  # fmt: skip
-    if model.corrector is None or model.corrector.config.kind != config.kind:
-        model.corrector = CorrectorModel(config)
-        model.config.corrector = config
-    model.corrector.requires_grad_(False)
-
-
-def _check_given_cache(cache: TargetCache, targets: Dataset, model: DualEncoderModel) -> None:
-    # Vectors that came without texts can only be matched by their ids.
-    without_texts = cache.texts_hash.startswith("vectors-") and list(cache.ids) == column(targets, "id")
-    if not without_texts and cache.texts_hash != texts_hash(targets):
-        raise CacheMismatchError(
-            str(cache.path), expected="a cache of these targets, in this order", got="other ids or texts",
-            cure="Pass the corpus the cache was made from.",
-        )  # fmt: skip
-    if cache.dim != model.config.embedding_dim:
-        raise CacheMismatchError(
-            str(cache.path), expected=f"vectors of size {model.config.embedding_dim}", got=f"size {cache.dim}",
-            cure="Train an encoder of the cache's size, or make a new cache.",
-        )  # fmt: skip
-
-
-def _check_old_model(old_model: DualEncoderModel, first: TargetCache) -> None:
-    weights = old_model.fingerprint("target").weights
-    if weights != first.fingerprint.weights:
-        raise CacheMismatchError(
-            "judge", expected=f"the encoder that made {first.path} ({first.fingerprint.name}, weights "
-            f"{first.fingerprint.weights})", got=f"{old_model.config.name_or_path}, weights {weights}",
-            cure="Pass the model training started from.",
-        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -94,20 +95,39 @@ class LiveCache:
             logger.warning(f"{path} holds vectors of other weights; it is made anew.")
             shutil.rmtree(path)
             built = build_cache(self._model, targets, path, tokens=tokens, options=options, generation=generation)
-        if self._model.corrector is not None and self._args.uses_corrector:
-            self._model.corrector.reset()
+        self.reset_corrector()
         self._use(built.cache)
+        self._remove_unnamed(path)
         return built.encoded
+
+    def reset_corrector(self) -> None:
+        """Start the corrector again at the identity, by the run's seed."""
+        if self._model.corrector is not None and self._args.uses_corrector:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._args.seed)
+                self._model.corrector.reset()
+
+    def _remove_unnamed(self, current: Path) -> None:
+        """Remove refreshed caches that no checkpoint names any more; the first one is always kept."""
+        out = Path(str(self._args.output_dir))
+        named = {current.resolve(), self.first.path.resolve()}
+        for state in out.glob(f"*/{STATE_FILE}"):
+            named |= {_cache_path(state.parent, entry).resolve() for entry in read_json(state)["caches"]}
+        for folder in out.glob("cache-[0-9][0-9][0-9][0-9]"):
+            if folder.resolve() not in named:
+                shutil.rmtree(folder)
 
     def save(self, folder: Path, cost: dict[str, int]) -> None:
         """Write into a checkpoint which caches are in use, and the corrector's pairs."""
         tensors = {} if self.online is None else self.online.state()
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         atomic_write(folder / STATE_TENSORS, lambda path: save_file(contiguous, path))
+        # Relative, so that a run may be moved as a whole.
         named = [
-            {"path": str(one.path.absolute()), "checksum": one.manifest.checksum} for one in (self.first, self.cache)
+            {"path": os.path.relpath(one.path.resolve(), folder.resolve()), "checksum": one.manifest.checksum}
+            for one in (self.first, self.cache)
         ]
-        write_json(folder / STATE_FILE, {"cost": cost, "caches": named})
+        write_json(folder / STATE_FILE, {"cost": cost, "caches": named, "settings": settings_of(self._args)})
 
     @classmethod
     def reopen(
@@ -123,11 +143,12 @@ class LiveCache:
         Raises:
             CheckpointError: If a cache is gone or was replaced.
         """
-        named = read_json(folder / STATE_FILE)["caches"]
-        if not named:
+        state = read_json(folder / STATE_FILE)
+        named, settings = state["caches"], settings_of(args)
+        if state["settings"] != settings:
             raise CheckpointError(
-                str(folder), expected="the names of its caches", got="none",
-                cure="Resume with the arguments the run was started with.",
+                str(folder), expected=f"the arguments it was written with, {state['settings']}", got=str(settings),
+                cure="Resume with the same arguments, or train from the start.",
             )  # fmt: skip
         first, current = (_open_named(folder, entry) for entry in (named[0], named[-1]))
         live = cls(current, model, args, first=first, held_out=held_out)
@@ -136,8 +157,20 @@ class LiveCache:
         return live
 
 
+def _cache_path(folder: Path, entry: dict[str, str]) -> Path:
+    return folder / entry["path"]
+
+
+def settings_of(args: DualEncoderTrainingArguments) -> dict[str, str]:
+    """Return the arguments a checkpoint's state depends on; it cannot be resumed with others."""
+    return {
+        "negatives": args.negatives, "staleness": args.staleness,
+        "corrector_kind": args.corrector_kind if args.uses_corrector else "none",
+    }  # fmt: skip
+
+
 def _open_named(folder: Path, entry: dict[str, str]) -> TargetCache:
-    path = Path(entry["path"])
+    path = _cache_path(folder, entry)
     if not path.is_dir():
         raise CheckpointError(
             str(folder), expected=f"the cache {path}", got="no such folder",

@@ -1,0 +1,122 @@
+"""What is checked and set up before a run spends any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from datasets import Dataset
+
+from hf_corrector._distributed import world_size
+from hf_corrector.cache.manifest import check_fingerprint
+from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.data.pairs import from_pairs
+from hf_corrector.data.retrieval import RetrievalData, column, texts_hash, validate, with_optional_columns
+from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
+from hf_corrector.models.configuration_corrector import CorrectorConfig
+from hf_corrector.models.modeling_corrector import CorrectorModel
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.training.arguments import DualEncoderTrainingArguments
+
+Splits: TypeAlias = Dataset | dict[str, Dataset] | None
+
+
+def check_types(model: Any, args: Any) -> None:
+    """Refuse other models and arguments than this package's, and more than one process (ConfigurationError)."""
+    if not isinstance(model, DualEncoderModel):
+        raise ConfigurationError(
+            "DualEncoderTrainer", expected="a DualEncoderModel", got=type(model).__name__,
+            cure="Make one with DualEncoderModel.from_encoder(...).",
+        )  # fmt: skip
+    if not isinstance(args, DualEncoderTrainingArguments):
+        raise ConfigurationError(
+            "DualEncoderTrainer", expected="DualEncoderTrainingArguments", got=type(args).__name__,
+            cure="Use DualEncoderTrainingArguments(output_dir, ...), which takes all of TrainingArguments' fields.",
+        )  # fmt: skip
+    if world_size() > 1 or args.n_gpu > 1:
+        raise ConfigurationError(
+            "DualEncoderTrainer", expected="one process and one device",
+            got=f"{world_size()} processes, {args.n_gpu} devices",
+            cure="Set CUDA_VISIBLE_DEVICES to one GPU and start without a distributed launcher.",
+        )  # fmt: skip
+
+
+def check_data(train: Dataset | None, targets: Dataset | None, evaluation: Splits) -> tuple[Any, Dataset, Splits]:
+    """Bring queries and targets into one form and check that they fit together.
+
+    Args:
+        train: Judged queries, or without ``targets`` pairs in sentence-transformers' columns.
+        targets: All targets.
+        evaluation: Judged queries, one split or several by name.
+
+    Returns:
+        The same three, with optional columns filled in.
+
+    Raises:
+        ConfigurationError: If there are no targets.
+        DataError: If something is wrong with them, naming split and row.
+    """
+    if targets is None and train is not None:
+        data = from_pairs(train, dev_fraction=0.0, test_fraction=0.0)
+        train, targets = data.train, data.corpus
+    if targets is None:
+        raise ConfigurationError(
+            "DualEncoderTrainer", expected="targets to search", got="None", cure="Pass data.corpus as `targets`."
+        )
+    targets = with_optional_columns(targets)
+    train = None if train is None else with_optional_columns(train)
+    named = evaluation if isinstance(evaluation, Mapping) else {"eval_dataset": evaluation}
+    several = {name: with_optional_columns(split) for name, split in named.items() if split is not None}
+    for name, split in {"train_dataset": train, **several}.items():
+        if split is None:
+            continue
+        if len(split) == 0:
+            raise DataError(name, expected="at least one query", got="none", cure="Leave it out, or give queries.")
+        validate(RetrievalData(corpus=targets, train=split, dev=None, test=None), name=name)
+    if evaluation is None or isinstance(evaluation, Mapping):
+        return train, targets, None if evaluation is None else several
+    return train, targets, several["eval_dataset"]
+
+
+def attach_corrector(model: DualEncoderModel, args: DualEncoderTrainingArguments) -> None:
+    """Give the model the corrector the arguments ask for, keeping the one it has where it is of that form."""
+    if not args.uses_corrector:
+        model.corrector = model.config.corrector = None
+        return
+    config = CorrectorConfig(
+        kind=args.corrector_kind, input_dim=model.config.embedding_dim, hidden_dim=args.corrector_hidden_dim,
+        activation=args.corrector_activation, normalize_output=model.config.normalize,
+    )  # fmt: skip
+    has = None if model.corrector is None else model.corrector.config
+    compared = ("kind", "input_dim", "output_dim", "hidden_dim", "activation", "normalize_output")
+    if has is None or any(getattr(has, name) != getattr(config, name) for name in compared):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            model.corrector = CorrectorModel(config)
+        model.config.corrector = config
+    if model.corrector is not None:
+        model.corrector.requires_grad_(False)
+
+
+def check_given_cache(cache: TargetCache, targets: Dataset, model: DualEncoderModel) -> None:
+    """Refuse a cache of other targets or of another size (CacheMismatchError)."""
+    # Vectors that came without texts can only be matched by their ids.
+    without_texts = cache.texts_hash.startswith("vectors-") and list(cache.ids) == column(targets, "id")
+    if not without_texts and cache.texts_hash != texts_hash(targets):
+        raise CacheMismatchError(
+            str(cache.path), expected="a cache of these targets, in this order", got="other ids or texts",
+            cure="Pass the corpus the cache was made from.",
+        )  # fmt: skip
+    if cache.dim != model.config.embedding_dim:
+        raise CacheMismatchError(
+            str(cache.path), expected=f"vectors of size {model.config.embedding_dim}", got=f"size {cache.dim}",
+            cure="Train an encoder of the cache's size, or make a new cache.",
+        )  # fmt: skip
+
+
+def check_made_by(cache: TargetCache, model: DualEncoderModel) -> None:
+    """Refuse an encoder that did not make a cache, whatever arithmetic it used (CacheMismatchError naming both)."""
+    made_by = replace(model.fingerprint("target"), compute_dtype=cache.fingerprint.compute_dtype)
+    check_fingerprint(str(cache.path), expected=made_by, got=cache.fingerprint)
