@@ -99,7 +99,9 @@ def measure_staleness(
     compared.update({name: (conditions.queries, vectors) for name, vectors in approximations.items()})
     compared["fresh"] = (conditions.queries, conditions.fresh)
     judgement = judge(compared, relevant, clean=clean, options=options)
-    judged = np.flatnonzero(clean) if clean.any() else np.arange(len(relevant))
+    # A query that all targets answer has no negative to sample.
+    has_negatives = np.array([len(known) < len(conditions.stale) for known in relevant])
+    judged = np.flatnonzero(has_negatives & (clean if clean.any() else True))
     queries, known = conditions.queries[torch.from_numpy(judged)], [relevant[one] for one in judged.tolist()]
     reading = FidelityOptions(device=options.device, progress=options.progress)
     fidelity = {

@@ -172,6 +172,11 @@ class DualEncoderTrainingArguments(TrainingArguments):
                 got=f"'refresh' with negatives={self.negatives!r}",
                 cure="Use staleness='ignore': nothing is read stale.",
             )  # fmt: skip
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ConfigurationError(
+                "train_sampling_strategy", expected="'random' or 'sequential'", got=repr(self.train_sampling_strategy),
+                cure="Leave it out: batches are padded to their own longest query and target.",
+            )  # fmt: skip
         if self.push_to_hub:
             raise ConfigurationError(
                 "push_to_hub", expected="False: the run's folder also holds the cache and the tokenised corpus",
