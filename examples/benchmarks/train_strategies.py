@@ -124,8 +124,8 @@ def print_run(strategy: str, seed: int, trainer: DualEncoderTrainer, report: Sta
           f"recovery {recovered:.3f}")  # fmt: skip
     phases = trainer.step_log.total_seconds
     print(f"passes: {trainer.cost}")
-    print(f"seconds: train {seconds:.0f}, share of steps "
-          + ", ".join(f"{name} {spent / phases['step']:.3f}" for name, spent in phases.items() if name != "step"))  # fmt: skip
+    shares = {name: round(spent / phases["step"], 3) for name, spent in phases.items() if name != "step"}
+    print(f"seconds: train {seconds:.0f}, share of steps {shares}")
     summary = None if trainer.model.corrector is None else trainer.model.corrector.config.fit_summary
     print(f"last fit: {json.dumps(summary)}\n", flush=True)
 
@@ -184,8 +184,11 @@ def print_quality(results: Path) -> None:
     for name in means:
         mean, gain = bootstrap.mean(name), bootstrap.difference(name, reference)
         passes = np.mean([sum(v for k, v in run["cost"].items() if k in TRAINING_COSTS) for run in runs[name]])
-        print(f"{name:<13} {mean.estimate:.4f} [{mean.low:.4f}, {mean.high:.4f}]   minus {reference}: {gain.estimate:+.4f} "
-              f"[{gain.low:+.4f}, {gain.high:+.4f}]   {passes:9,.0f} target passes   {len(runs[name])} seeds")  # fmt: skip
+        print(
+            f"{name:<13} {mean.estimate:.4f} [{mean.low:.4f}, {mean.high:.4f}]   minus {reference}: "
+            f"{gain.estimate:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]   {passes:9,.0f} target passes   "
+            f"{len(runs[name])} seeds"
+        )
 
 
 if __name__ == "__main__":
