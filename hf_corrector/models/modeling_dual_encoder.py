@@ -126,6 +126,10 @@ class DualEncoderModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the query tower's word embeddings."""
+        return self.encoder.get_input_embeddings()
+
     @property
     def target_encoder(self) -> PreTrainedModel:
         """The target tower, which is the query tower where they are shared."""

@@ -111,7 +111,9 @@ class DualEncoderTrainingArguments(TrainingArguments):
         super().__post_init__()
         self._check_choices()
         self._check_ranges()
-        self._check_combinations()
+        self._check_staleness()
+        self._check_corrector()
+        self._check_upstream()
         if self.corrector_fit is None:
             self.corrector_fit = "gradient" if self.corrector_kind == "residual_mlp" else "closed_form"
 
@@ -154,7 +156,7 @@ class DualEncoderTrainingArguments(TrainingArguments):
                 "uniform_fraction", expected="0 to 1", got=str(self.uniform_fraction), cure="Give a share."
             )
 
-    def _check_combinations(self) -> None:
+    def _check_staleness(self) -> None:
         RefreshSchedule.parse(self.refresh_steps)
         if self.staleness == "refresh" and not RefreshSchedule.parse(self.refresh_steps).phases:
             raise ConfigurationError(
@@ -172,16 +174,34 @@ class DualEncoderTrainingArguments(TrainingArguments):
                 got=f"'refresh' with negatives={self.negatives!r}",
                 cure="Use staleness='ignore': nothing is read stale.",
             )  # fmt: skip
+        if self.sampling_correction and (self.share_negatives or self.negatives not in ("softmax", "uniform")):
+            raise ConfigurationError(
+                "sampling_correction", expected="share_negatives=False and negatives 'softmax' or 'uniform'",
+                got=f"share_negatives={self.share_negatives}, negatives={self.negatives!r}",
+                cure="How often shared or top-k negatives are drawn is not defined; switch one of the two off.",
+            )  # fmt: skip
+
+    def _check_upstream(self) -> None:
+        """Refuse what transformers offers and this trainer cannot honour, before it fails in the middle of a run."""
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ConfigurationError(
                 "train_sampling_strategy", expected="'random' or 'sequential'", got=repr(self.train_sampling_strategy),
                 cure="Leave it out: batches are padded to their own longest query and target.",
+            )  # fmt: skip
+        if self.include_num_input_tokens_seen != "no":
+            raise ConfigurationError(
+                "include_num_input_tokens_seen", expected="'no'", got=repr(self.include_num_input_tokens_seen),
+                cure="Read trainer.cost instead, which counts every encoded query and target.",
             )  # fmt: skip
         if self.push_to_hub:
             raise ConfigurationError(
                 "push_to_hub", expected="False: the run's folder also holds the cache and the tokenised corpus",
                 got="True", cure="Train, then call trainer.model.push_to_hub(repo_id).",
             )  # fmt: skip
+        if self.remove_unused_columns:
+            raise ConfigurationError("remove_unused_columns", expected="False", got="True", cure="Leave it out.")
+
+    def _check_corrector(self) -> None:
         closed = self.corrector_kind in CLOSED_FORM_KINDS
         if self.corrector_fit == "closed_form" and self.corrector_kind == "residual_mlp":
             raise ConfigurationError(
@@ -193,14 +213,6 @@ class DualEncoderTrainingArguments(TrainingArguments):
                 "corrector_fit", expected=f"'closed_form' for {self.corrector_kind}", got="'gradient'",
                 cure="Leave corrector_fit out, or use corrector_kind='residual_mlp'.",
             )  # fmt: skip
-        if self.sampling_correction and (self.share_negatives or self.negatives not in ("softmax", "uniform")):
-            raise ConfigurationError(
-                "sampling_correction", expected="share_negatives=False and negatives 'softmax' or 'uniform'",
-                got=f"share_negatives={self.share_negatives}, negatives={self.negatives!r}",
-                cure="How often shared or top-k negatives are drawn is not defined; switch one of the two off.",
-            )  # fmt: skip
-        if self.remove_unused_columns:
-            raise ConfigurationError("remove_unused_columns", expected="False", got="True", cure="Leave it out.")
 
     @property
     def uses_corrector(self) -> bool:
