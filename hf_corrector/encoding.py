@@ -18,7 +18,8 @@ from hf_corrector.cache.writer import CachePlan, CacheWriter
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.data.tokens import TokenStore, token_store_key
 from hf_corrector.errors import CacheMismatchError
-from hf_corrector.models.modeling_dual_encoder import DualEncoderModel, Role
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.models.text_encoding import Role
 from hf_corrector.records import EncoderFingerprint
 
 TOKENS_FOLDER = "tokens"

@@ -9,7 +9,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import speed_metrics
@@ -237,23 +236,9 @@ class DualEncoderTrainer(CheckpointingTrainer):
         self.cost["train_target_passes"] += len(outputs.target_embeddings)
         if self.live_cache is not None:
             with self.step_log.phase("corrector"):
-                self._learn_from(chosen[0], outputs.target_embeddings.detach().float(), self.live_cache)
+                fresh = outputs.target_embeddings.detach().float()
+                self.live_cache.learn_from(chosen[0], fresh, step=self.state.global_step, log=self.step_log)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    @torch.no_grad()
-    def _learn_from(self, contrast: ContrastSet, fresh: torch.Tensor, live: LiveCache) -> None:
-        """Log how stale the encoded targets were, and hand them to the corrector as pairs."""
-        stale = live.cache.gather(contrast.rows).to(fresh.device)
-        seen, count = stale, len(fresh)
-        self.step_log.observe("cosine_stale_fresh", float(F.cosine_similarity(stale, fresh).mean()), count=count)
-        if live.online is not None:
-            seen = live.online.corrector(stale)
-            self.step_log.observe("cosine_corrected_fresh", float(F.cosine_similarity(seen, fresh).mean()), count=count)
-            live.online.observe(contrast.rows, fresh, step=self.state.global_step)
-        uniform = contrast.uniform.to(fresh.device)
-        if uniform.any():
-            residual = (seen - fresh)[uniform].square().sum(dim=1).mean()
-            self.step_log.observe("residual_uniform", float(residual), count=int(uniform.sum()))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Estimate the operations of a step; transformers' own expects a single tensor of tokens."""

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers.utils import logging
 
 from hf_corrector._files import atomic_write, read_json, write_json
 from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.candidate_sampling import ContrastSet
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.tokens import TokenStore
 from hf_corrector.encoding import EncodeOptions, build_cache
@@ -20,6 +22,7 @@ from hf_corrector.errors import CacheMismatchError, CheckpointError
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.corrector_trainer import CorrectorFitting, OnlineCorrector
+from hf_corrector.training.step_log import StepLog
 
 STATE_FILE = "corrector_state.json"
 STATE_TENSORS = "corrector_state.safetensors"
@@ -68,6 +71,28 @@ class LiveCache:
                 corrector, cache.gather, num_targets=len(cache), fitting=fitting_of(self._args),
                 held_out=self._held_out,
             )  # fmt: skip
+
+    @torch.no_grad()
+    def learn_from(self, contrast: ContrastSet, fresh: torch.Tensor, *, step: int, log: StepLog) -> None:
+        """Log how stale the targets of a step were, and hand them to the corrector as pairs.
+
+        Args:
+            contrast: Which targets the step encoded.
+            fresh: Their embeddings, ``(n, dim)`` float32.
+            step: Optimiser steps done before.
+            log: Takes the cosines, and the residual on uniform rows before the corrector has seen them.
+        """
+        stale = self.cache.gather(contrast.rows).to(fresh.device)
+        seen, count = stale, len(fresh)
+        log.observe("cosine_stale_fresh", float(F.cosine_similarity(stale, fresh).mean()), count=count)
+        if self.online is not None:
+            seen = self.online.corrector(stale)
+            log.observe("cosine_corrected_fresh", float(F.cosine_similarity(seen, fresh).mean()), count=count)
+            self.online.observe(contrast.rows, fresh, step=step)
+        uniform = contrast.uniform.to(fresh.device)
+        if uniform.any():
+            residual = (seen - fresh)[uniform].square().sum(dim=1).mean()
+            log.observe("residual_uniform", float(residual), count=int(uniform.sum()))
 
     def update_corrector(self, step: int) -> None:
         """Let the corrector follow the drift after a step."""
