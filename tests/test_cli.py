@@ -123,7 +123,8 @@ def test_searching_with_another_encoder_is_refused_without_a_corrector(
 ) -> None:
     search = ["search", "--cache", str(trained / "cache"), "--model", str(trained), "--query", "sort"]
     assert main(search) == 1
-    assert "weights" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "weights" in refused and "--corrector" in refused
     assert main([*search, "--corrector", str(trained / "corrector")]) == 0
 
 

@@ -17,6 +17,7 @@ from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.errors import CacheMismatchError
 from hf_corrector.index.exact import ExactIndex
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.training.checks import check_made_by
 
 EXAMPLES = """\
@@ -42,7 +43,7 @@ def run(argv: list[str]) -> int:
     model = EncoderChoice.of(arguments).load(arguments.device)
     corrector, _ = load_corrector(arguments.corrector, cache, model)
     if corrector is None:
-        check_made_by(cache, model)
+        _check_own(cache, model)
     queries = model.encode_query(arguments.query)
     found = ExactIndex(CorrectedTargets(cache, corrector), device=arguments.device).search(
         queries, min(arguments.top_k, len(cache))
@@ -53,6 +54,16 @@ def run(argv: list[str]) -> int:
             excerpt = "" if texts is None else "  " + " ".join(texts[row].split())[:80]
             print(f"{place:3d}. {score:.4f}  {cache.ids[row]}{excerpt}")
     return 0
+
+
+def _check_own(cache: TargetCache, model: DualEncoderModel) -> None:
+    try:
+        check_made_by(cache, model)
+    except CacheMismatchError as error:
+        raise CacheMismatchError(
+            error.where, expected=error.expected, got=error.got,
+            cure="Give the --corrector between the two, or the encoder the cache was made with as --model.",
+        ) from error  # fmt: skip
 
 
 def _texts(name: str, cache: TargetCache) -> list[str]:
