@@ -177,7 +177,7 @@ def read_chunks(
     Raises:
         DataError: If a vector is not finite or the rows read are not the rows asked for.
     """
-    with tqdm(total=len(vectors), unit="target", desc="targets", disable=not progress) as bar:
+    with tqdm(total=len(vectors), unit="target", desc="targets", disable=not progress, leave=False) as bar:
         for start in range(0, len(vectors), rows):
             stop = min(start + rows, len(vectors))
             chunk = vectors.read(start, stop).detach().to(device=device, dtype=torch.float64)
