@@ -17,7 +17,7 @@ from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cache.writer import CachePlan, CacheWriter
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.data.tokens import TokenStore, token_store_key
-from hf_corrector.errors import CacheMismatchError
+from hf_corrector.errors import CacheMismatchError, ConfigurationError
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.text_encoding import Role
 from hf_corrector.records import EncoderFingerprint
@@ -44,6 +44,14 @@ class EncodeOptions:
     token_budget: int = DEFAULT_TOKEN_BUDGET
     shard_rows: int = DEFAULT_SHARD_ROWS
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range (ConfigurationError)."""
+        for name in ("token_budget", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(
+                    name, expected="at least 1", got=str(getattr(self, name)), cure="Leave it out, or raise it."
+                )
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,6 @@ def checked_fields(cls: type[Any], value: Any, *, where: str) -> dict[str, Any]:
 
 
 def _has_default(item: Any) -> bool:
-    from dataclasses import MISSING
-
     return item.default is not MISSING or item.default_factory is not MISSING
 
 
@@ -156,8 +155,6 @@ def collect_versions() -> dict[str, str]:
 
 def describe_machine() -> str:
     """Return one line on the processor, for benchmark output; names no host and no user."""
-    import os
-
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

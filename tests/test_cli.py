@@ -156,6 +156,11 @@ def test_no_secret_reaches_the_record() -> None:
         (["verify", "{tmp}/nothing"], "nothing"),
         (["embed", "--data", "{tmp}/nothing", "--output_dir", "{tmp}/c"], "no such folder"),
         (["train", "--max_steps", "1"], "--output_dir"),
+        (["embed", "--data", "{folder}", "--output_dir", "{tmp}/c", "--token_budget", "0"], "token_budget"),
+        (["embed", "--data", "{folder}", "--model", "{encoder}", "--output_dir", "{tmp}/c", "--max_length", "999"],
+         "positions"),
+        (["search", "--cache", "{tmp}/c", "--query", "x", "--top_k", "0"], "--top_k"),
+        (["search", "--cache", "{tmp}/c", "--query", " "], "queries with words"),
         (["train", "--output_dir", "{tmp}/o", "--staleness", "refresh"], "refresh_steps"),
         (["train", "--output_dir", "{tmp}/o", "--uniform_fraction", "2"], "uniform_fraction"),
         (["train", "--data", "{tmp}/empty", "--output_dir", "{tmp}/o", "--model", "{encoder}"], "qrels"),
@@ -173,7 +178,7 @@ def test_mistakes_are_explained_without_a_traceback(
     assert main(filled) == 1
     shown = capsys.readouterr().err
     assert words in shown and "Traceback" not in shown
-    assert not (tmp_path / "o" / "run.json").exists()
+    assert not (tmp_path / "o" / "run.json").exists() and not (tmp_path / "c").exists()
 
 
 def test_the_installed_command_runs() -> None:

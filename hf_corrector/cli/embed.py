@@ -41,12 +41,12 @@ def run(argv: list[str]) -> int:
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = flags.parse_args(argv)
     quieten()
-    data, model = load_data(arguments.data), EncoderChoice.of(arguments).load(arguments.device)
-    started = time.time()
     options = EncodeOptions(
         cache_dtype=arguments.cache_dtype, compute_dtype=arguments.compute_dtype,
         token_budget=arguments.token_budget, shard_rows=arguments.shard_rows, progress=not arguments.quiet,
     )  # fmt: skip
+    data, model = load_data(arguments.data), EncoderChoice.of(arguments).load(arguments.device)
+    started = time.time()
     built = build_cache(model, data.corpus, Path(arguments.output_dir), options=options)
     seconds = time.time() - started
     record = RunRecord(

@@ -15,7 +15,7 @@ from hf_corrector.cli.common import (
 )
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.retrieval import column, texts_hash
-from hf_corrector.errors import CacheMismatchError
+from hf_corrector.errors import CacheMismatchError, ConfigurationError
 from hf_corrector.index.exact import ExactIndex
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.training.checks import check_made_by
@@ -37,6 +37,11 @@ def run(argv: list[str]) -> int:
     add_model_arguments(flags)
     add_device_argument(flags)
     arguments = flags.parse_args(argv)
+    if arguments.top_k < 1 or any(not query.strip() for query in arguments.query):
+        raise ConfigurationError(
+            "search", expected="--top_k of at least 1 and queries with words in them",
+            got=f"{arguments.top_k} and {arguments.query}", cure="Say what to search for, and how many to show.",
+        )  # fmt: skip
     quieten()
     cache = TargetCache.open(arguments.cache)
     texts = None if arguments.data is None else _texts(arguments.data, cache)

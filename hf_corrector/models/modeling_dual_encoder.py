@@ -22,6 +22,7 @@ from hf_corrector.models.text_encoding import Role, TextEncodingMixin, Tokens
 from hf_corrector.models.towers import (
     TowerSource,
     check_complete,
+    check_length,
     hash_architecture,
     hash_modules,
     hash_tokenizer,
@@ -176,6 +177,8 @@ class DualEncoderModel(TextEncodingMixin, PreTrainedModel):
         merged = {**lengths, **({} if found is None else found.settings), **settings}
         full = DualEncoderConfig(encoder=config, target_encoder=target_config if separate else None, **merged)
         full.name_or_path = name
+        check_length(name, full.encoder, full.query_max_length)
+        check_length(target_source.name, full.target_encoder or full.encoder, full.target_max_length)
         target_encoder = target_source.load_weights(full.target_encoder) if separate else None
         model = cls(full, source.load_weights(full.encoder), target_encoder)
         model.tokenizer, model.target_tokenizer = tokenizer, target_tokenizer if separate else tokenizer

@@ -103,6 +103,20 @@ def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) 
     return min(int(tokenizer.model_max_length), positions if positions and positions > 0 else _NO_LIMIT, _NO_LIMIT)
 
 
+def check_length(name: str, config: PreTrainedConfig, length: int) -> None:
+    """Refuse texts longer than a tower has positions for, which would fail in the middle of encoding.
+
+    Raises:
+        ConfigurationError: Naming both numbers.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and 0 < positions < length:
+        raise ConfigurationError(
+            f"maximum length for {name}", expected=f"at most its {positions} positions", got=str(length),
+            cure="Lower query_max_length and target_max_length.",
+        )  # fmt: skip
+
+
 def _build_kwargs(config: PreTrainedConfig) -> dict[str, Any]:
     """Leave out a BERT-like pooler: its weights change no vector and would never see a gradient."""
     mapping = _auto_class(config)._model_mapping

@@ -217,11 +217,6 @@ class OnlineCorrector:
         self._optimizer = self._new_optimizer()
 
     @property
-    def is_gradient(self) -> bool:
-        """Whether this kind is trained step by step rather than solved."""
-        return self._optimizer is not None
-
-    @property
     def fitted_rows(self) -> torch.Tensor:
         """Rows of all targets whose fresh embeddings the corrector has been fitted on, ``(n,)`` int64."""
         return self.seen.nonzero()[:, 0]
