@@ -7,6 +7,7 @@ import torch
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.index.base import TargetVectors
 from hf_corrector.models.modeling_corrector import CorrectorModel
+from hf_corrector.side_features import SideFeatures
 
 DEFAULT_SNAPSHOT_BYTES = 2**30
 READ_ROWS = 16_384
@@ -20,6 +21,7 @@ class CorrectedTargets:
     Args:
         stale: The cached vectors; any source of rows.
         corrector: The corrector, or None to see the stale vectors themselves.
+        side: Side features of the same targets, for a corrector that reads some.
         device: Where reads return their rows.
         snapshot_bytes: Keep all corrected rows in memory if they need no more than this; 0 for never.
     """
@@ -29,6 +31,7 @@ class CorrectedTargets:
         stale: TargetVectors,
         corrector: CorrectorModel | None = None,
         *,
+        side: SideFeatures | None = None,
         device: torch.device | str = "cpu",
         snapshot_bytes: int = DEFAULT_SNAPSHOT_BYTES,
     ) -> None:
@@ -38,6 +41,7 @@ class CorrectedTargets:
                 got=f"size {stale.dim}", cure="Use the corrector that was fitted for this cache.",
             )  # fmt: skip
         self.stale, self.corrector, self.device = stale, corrector, torch.device(device)
+        self._side = _wanted_side(stale, corrector, side)
         self.dim = stale.dim if corrector is None else int(corrector.config.output_dim or stale.dim)
         self._fits = len(stale) * self.dim * 4 <= snapshot_bytes
         self._snapshot: torch.Tensor | None = None
@@ -55,7 +59,7 @@ class CorrectedTargets:
             if self._snapshot is None:
                 self._snapshot = self._correct_all()
             return self._snapshot[start:stop]
-        return self._correct(self.stale.read(start, stop))
+        return self._correct(self.stale.read(start, stop), self._read_side(start, stop))
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Return corrected rows in the order asked for, ``(n, dim)`` float32.
@@ -67,17 +71,40 @@ class CorrectedTargets:
             return self.read(0, len(self))[rows.to(self.device)]
         unique, positions = torch.unique(rows.cpu(), return_inverse=True)
         pieces = [self.stale.read(row, row + 1) for row in unique.tolist()] or [self.stale.read(0, 0)]
-        corrected = self._correct(torch.cat(pieces))
+        corrected = self._correct(torch.cat(pieces), None if self._side is None else self._side.gather(unique))
         return corrected[positions.to(corrected.device)]
 
+    def _read_side(self, start: int, stop: int) -> torch.Tensor | None:
+        return None if self._side is None else self._side.read(start, stop)
+
     @torch.no_grad()
-    def _correct(self, stale: torch.Tensor) -> torch.Tensor:
+    def _correct(self, stale: torch.Tensor, side: torch.Tensor | None) -> torch.Tensor:
         stale = stale.to(self.device, torch.float32)
-        return stale if self.corrector is None else self.corrector(stale)
+        if self.corrector is None:
+            return stale
+        corrected: torch.Tensor = self.corrector(stale, None if side is None else side.to(self.device))
+        return corrected
 
     def _correct_all(self) -> torch.Tensor:
         snapshot = torch.empty(len(self), self.dim, device=self.device)
         for start in range(0, len(self), READ_ROWS):
             stop = min(start + READ_ROWS, len(self))
-            snapshot[start:stop] = self._correct(self.stale.read(start, stop))
+            snapshot[start:stop] = self._correct(self.stale.read(start, stop), self._read_side(start, stop))
         return snapshot
+
+
+def _wanted_side(
+    stale: TargetVectors, corrector: CorrectorModel | None, side: SideFeatures | None
+) -> SideFeatures | None:
+    """Return the side features if the corrector reads any, after checking that they are those of these targets."""
+    if corrector is None or corrector.config.side is None:
+        return None
+    config = corrector.config
+    if side is None or side.kind != config.side or side.width != config.side_dim or len(side) != len(stale):
+        got = "none" if side is None else f"{side.kind!r} of {len(side)} targets and width {side.width}"
+        raise ConfigurationError(
+            "corrected targets",
+            expected=f"side features {config.side!r} of {len(stale)} targets and width {config.side_dim}", got=got,
+            cure="Pass those stored with the cache, see open_side().",
+        )  # fmt: skip
+    return side

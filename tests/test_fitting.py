@@ -7,7 +7,6 @@ from torch.nn.functional import normalize
 
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.fitting import (
-    MAX_LOO_ROWS,
     PRIORS,
     RELATIVE_RIDGES,
     AffineFit,
@@ -15,6 +14,7 @@ from hf_corrector.fitting import (
     fit_affine,
     fit_mean_shift,
 )
+from hf_corrector.fitting.affine import MAX_LOO_ROWS
 
 
 def drifted(

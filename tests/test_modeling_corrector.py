@@ -12,7 +12,8 @@ from hf_corrector.models import CorrectorConfig, CorrectorModel
 from hf_corrector.models.configuration_corrector import KINDS
 from hf_corrector.models.modeling_corrector import CORRECT_CHUNK_ROWS
 
-BETWEEN_SIZES = ("affine", "residual_mlp")
+BETWEEN_SIZES = ("procrustes", "low_rank", "affine", "kernel", "residual_mlp")
+LEARNING = tuple(kind for kind in KINDS if kind != "identity")
 
 
 def make(kind: str, dim_in: int = 6, dim_out: int | None = None, **settings: object) -> CorrectorModel:
@@ -46,7 +47,7 @@ def test_identity_returns_its_input_bit_for_bit(dtype: torch.dtype) -> None:
     assert torch.equal(make("identity").correct(stale), stale.float())
 
 
-@pytest.mark.parametrize("kind", ["mean_shift", "affine", "residual_mlp"])
+@pytest.mark.parametrize("kind", LEARNING)
 def test_untrained_corrector_is_the_identity(kind: str) -> None:
     stale = vectors()
     assert torch.equal(make(kind, normalize_output=False)(stale), stale)
@@ -85,7 +86,7 @@ def test_residual_mlp_adds_a_hidden_layer_to_the_input(activation: str, dim_out:
     assert torch.allclose(corrector(vectors()), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["mean_shift", "affine", "residual_mlp"])
+@pytest.mark.parametrize("kind", LEARNING)
 def test_output_has_unit_length_where_the_encoder_normalises(kind: str) -> None:
     raw, unit = trained(kind, normalize_output=False), trained(kind)
     assert torch.allclose(unit(vectors()), normalize(raw(vectors()), dim=-1), atol=1e-6)
@@ -108,7 +109,7 @@ def test_reset_between_sizes_cuts_or_fills_up_again(dim_out: int) -> None:
         assert torch.equal(corrector(vectors()), make(kind, 6, dim_out)(vectors()))
 
 
-@pytest.mark.parametrize("kind", ["mean_shift", "affine", "residual_mlp"])
+@pytest.mark.parametrize("kind", LEARNING)
 def test_arithmetic_is_float32_under_autocast(kind: str) -> None:
     corrector, expected = trained(kind), trained(kind)(vectors())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -250,7 +251,11 @@ def test_sizes_follow_from_the_input() -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"kind": "kernel"}, "kind"),
+        ({"kind": "spline"}, "kind"),
+        ({"kind": "affine", "side": "weather", "side_dim": 3}, "side"),
+        ({"kind": "identity", "side": "matrix", "side_dim": 3}, "side"),
+        ({"kind": "affine", "side": "matrix"}, "side_dim"),
+        ({"kind": "affine", "side_dim": 3}, "side"),
         ({"activation": "tanh"}, "activation"),
         ({"input_dim": 0}, "sizes"),
         ({"kind": "affine", "output_dim": 0}, "sizes"),

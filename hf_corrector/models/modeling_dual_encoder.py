@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -125,6 +125,11 @@ class DualEncoderModel(TextEncodingMixin, PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """Return the query tower's word embeddings."""
         return self.encoder.get_input_embeddings()
+
+    @property
+    def target_vocabulary(self) -> int:
+        """Number of input embeddings of the target tower, one for each token."""
+        return cast(nn.Embedding, self.target_encoder.get_input_embeddings()).num_embeddings
 
     @property
     def target_encoder(self) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Closed-form fits of a corrector to pairs of stale and fresh embeddings.
+"""Affine maps from stale to fresh embeddings in closed form: mean shift, Procrustes, ridge and reduced rank.
 
 Solved in float64; ridge strength and prior are chosen by exact leave-one-target-out errors.
 """
@@ -10,89 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from hf_corrector.errors import ConfigurationError
+from hf_corrector.fitting.pairs import Pairs
 
 PRIORS = ("identity", "procrustes", "zero")
 # Relative to the mean eigenvalue of the stale vectors' covariance.
 RELATIVE_RIDGES = tuple(10.0 ** (exponent / 2) for exponent in range(-12, 5))
 MAX_LOO_ROWS = 2048
 PRIOR_FOLDS = 5
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Stale and fresh embeddings of the same targets, one row a target.
-
-    Attributes:
-        stale: ``(n, dim_in)`` float64.
-        fresh: ``(n, dim_out)`` float64.
-        weights: Positive weight of each target, ``(n,)`` float64.
-    """
-
-    stale: torch.Tensor
-    fresh: torch.Tensor
-    weights: torch.Tensor
-
-    @classmethod
-    def collect(
-        cls,
-        stale: torch.Tensor,
-        fresh: torch.Tensor,
-        *,
-        target_rows: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-    ) -> Pairs:
-        """Bring pairs into float64 and merge those of the same target into one weighted mean.
-
-        Merging is what turns leaving one row out into leaving one target out.
-
-        Args:
-            stale: Stale embeddings, ``(n, dim_in)``.
-            fresh: Fresh embeddings, ``(n, dim_out)``.
-            target_rows: Which target each row belongs to, ``(n,)`` int64; all different if not given.
-            weights: Weight of each row, ``(n,)``; 1 if not given.
-
-        Raises:
-            ConfigurationError: If shapes disagree, a number is not finite, or fewer than two targets are left.
-        """
-        weights = torch.ones(len(stale)) if weights is None else weights
-        _check_pairs(stale, fresh, weights)
-        if target_rows is not None and target_rows.shape != (len(stale),):
-            raise ConfigurationError(
-                "corrector fit", expected=f"one target row for each of {len(stale)} pairs",
-                got=f"shape {tuple(target_rows.shape)}", cure="Pass the row of every pair's target.",
-            )  # fmt: skip
-        stale, fresh, weights = stale.double().cpu(), fresh.double().cpu(), weights.double().cpu()
-        if target_rows is not None:
-            unique, group = torch.unique(target_rows.cpu(), return_inverse=True)
-            total = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, group, weights)
-            share = (weights / total[group])[:, None]
-            stale = torch.zeros(len(unique), stale.shape[1], dtype=torch.float64).index_add_(0, group, stale * share)
-            fresh = torch.zeros(len(unique), fresh.shape[1], dtype=torch.float64).index_add_(0, group, fresh * share)
-            weights = total
-        if len(stale) < 2:
-            raise ConfigurationError(
-                "corrector fit", expected="pairs of at least 2 targets", got=str(len(stale)), cure="Give more pairs."
-            )
-        return cls(stale, fresh, weights)
-
-
-def _check_pairs(stale: torch.Tensor, fresh: torch.Tensor, weights: torch.Tensor) -> None:
-    if stale.dim() != 2 or fresh.dim() != 2 or not len(stale) == len(fresh) == len(weights):
-        raise ConfigurationError(
-            "corrector fit",
-            expected="stale (n, dim_in), fresh (n, dim_out) and weights (n,)",
-            got=f"{tuple(stale.shape)}, {tuple(fresh.shape)} and {tuple(weights.shape)}",
-            cure="Pass one fresh vector and one weight for every stale vector.",
-        )
-    finite = torch.isfinite(stale).all(dim=1) & torch.isfinite(fresh).all(dim=1) & (weights > 0)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise ConfigurationError(
-            f"corrector fit, pair {row}",
-            expected="finite vectors and a positive weight",
-            got="NaN, infinity or no weight",
-            cure="Leave that pair out or encode it again.",
-        )
+RANKS = (4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -159,13 +84,59 @@ def fit_affine(
         if best is None or errors[index] < best[0]:
             best = (errors[index], prior, relative_ridges[index])
     error, prior, ridge = best if best is not None else (0.0, usable[0], 1.0)
-    full_map = problem.solve(problem.prior_map(prior), ridge)
-    weight = full_map - torch.eye(full_map.shape[0], dtype=torch.float64) if square else full_map
-    bias = problem.fresh_mean - problem.stale_mean if square else problem.fresh_mean
-    return AffineFit(
-        mean=problem.stale_mean.float(), weight=weight.float(), bias=bias.float(), prior=prior, ridge=ridge,
-        loo_error=error, pairs=len(pairs.stale),
-    )  # fmt: skip
+    return problem.as_fit(problem.solve(problem.prior_map(prior), ridge), prior=prior, ridge=ridge, error=error)
+
+
+def fit_procrustes(pairs: Pairs) -> AffineFit:
+    """Fit Q(z − mean) + offset with Q orthogonal, or semi-orthogonal between different sizes (Schönemann, 1966)."""
+    problem = _RidgeProblem(pairs)
+    return problem.as_fit(problem.prior_map("procrustes"), prior="procrustes", ridge=float("inf"), error=float("nan"))
+
+
+def fit_low_rank(pairs: Pairs, *, rank: int | None = None) -> tuple[AffineFit, int]:
+    """Fit an affine map whose difference from its prior has a low rank (reduced-rank regression, Izenman, 1975).
+
+    The displacement that the ridge fit gives the pairs is projected onto its first principal directions.
+
+    Args:
+        pairs: What to fit on.
+        rank: Rank of the displacement (between different sizes: of the map); if None, the one of :data:`RANKS` with
+            the least error on a fifth of the pairs, left out of a fit to the others.
+
+    Returns:
+        The fit, in the form of :class:`AffineFit`, and its rank.
+    """
+    square = pairs.stale.shape[1] == pairs.fresh.shape[1]
+    full = fit_affine(pairs, priors=("identity",) if square else ("zero",))
+    largest = min(pairs.stale.shape[1], pairs.fresh.shape[1])
+    if rank is None:
+        rank = _best_rank(pairs, full, [one for one in RANKS if one < largest] + [largest])
+    problem = _RidgeProblem(pairs)
+    return _reduced(problem, full, min(rank, largest)), min(rank, largest)
+
+
+def _reduced(problem: _RidgeProblem, full: AffineFit, rank: int) -> AffineFit:
+    """Keep the ``rank`` directions in which a ridge fit moves its pairs most."""
+    prior = problem.prior_map(full.prior)
+    change = problem.solve(prior, full.ridge) - prior
+    _, directions = torch.linalg.eigh(change @ problem.covariance @ change.T)
+    kept = directions[:, -rank:]
+    return problem.as_fit(prior + kept @ (kept.T @ change), prior=full.prior, ridge=full.ridge, error=float("nan"))
+
+
+def _best_rank(pairs: Pairs, full: AffineFit, ranks: list[int]) -> int:
+    held_out = torch.arange(len(pairs)) % 5 == 0
+    if len(pairs) < 10:
+        return ranks[0]
+    problem = _RidgeProblem(pairs.take((~held_out).nonzero()[:, 0]))
+    stale, fresh, weights = pairs.stale[held_out], pairs.fresh[held_out], pairs.weights[held_out]
+    errors = []
+    for rank in ranks:
+        found = _reduced(problem, full, rank)
+        base = stale if stale.shape[1] == fresh.shape[1] else 0
+        predicted = base + (stale - found.mean.double()) @ found.weight.double().T + found.bias.double()
+        errors.append(float(((predicted - fresh).square().sum(dim=1) * weights).sum()))
+    return ranks[min(range(len(ranks)), key=errors.__getitem__)]
 
 
 class _RidgeProblem:
@@ -186,6 +157,16 @@ class _RidgeProblem:
         self.unit = float(self.values.sum()) / len(values) or 1.0
         self.cross = self.stale.T @ (self.fresh * share)
         self.covariance = covariance
+
+    def as_fit(self, full_map: torch.Tensor, *, prior: str, ridge: float, error: float) -> AffineFit:
+        """Bring a linear map between the centred vectors, ``(dim_out, dim_in)``, into displacement form."""
+        square = full_map.shape[0] == full_map.shape[1]
+        weight = full_map - torch.eye(full_map.shape[0], dtype=torch.float64) if square else full_map
+        bias = self.fresh_mean - self.stale_mean if square else self.fresh_mean
+        return AffineFit(
+            mean=self.stale_mean.float(), weight=weight.float(), bias=bias.float(), prior=prior, ridge=ridge,
+            loo_error=error, pairs=len(self.stale),
+        )  # fmt: skip
 
     def prior_map(self, prior: str) -> torch.Tensor:
         """Return the linear part of a prior, ``(dim_out, dim_in)``."""
