@@ -3,195 +3,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from drift_helpers import DIM, QUICK, TARGETS, error, lexical_drift, linear_drift, make, token_counts, unit_rows
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from hf_corrector.errors import ConfigurationError
-from hf_corrector.fitting import Pairs, fit_affine, fit_mean_shift
+from hf_corrector.fitting import Pairs, fit_affine
 from hf_corrector.losses import corrector_loss
 from hf_corrector.models import CorrectorConfig, CorrectorModel
 from hf_corrector.models.configuration_corrector import KINDS
-from hf_corrector.training.corrector_trainer import (
-    CorrectorFitting,
-    OnlineCorrector,
-    fit_corrector,
-    gradient_update,
-    solve_closed_form,
-)
-
-DIM = 8
-TARGETS = 400
-QUICK = CorrectorFitting(max_epochs=30, batch_size=64, updates=2, finishing_updates=20, update_steps=5, window=20)
-
-
-def make(kind: str, dim_in: int = DIM, dim_out: int = DIM, *, seed: int = 0) -> CorrectorModel:
-    torch.manual_seed(seed)
-    return CorrectorModel(CorrectorConfig(kind=kind, input_dim=dim_in, output_dim=dim_out, hidden_dim=64))
-
-
-def unit_rows(count: int = TARGETS, dim: int = DIM, *, seed: int = 0) -> torch.Tensor:
-    return normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def linear_drift(stale: torch.Tensor) -> torch.Tensor:
-    change = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(5)) * 0.4
-    return normalize(stale @ (torch.eye(DIM) + change).T + 0.3, dim=1)
-
-
-def bent_drift(stale: torch.Tensor) -> torch.Tensor:
-    """Move each vector in a direction that no linear map of it gives."""
-    change = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(6))
-    return normalize(stale + 0.7 * torch.sign(stale[:, :1]) * torch.tanh(3 * stale @ change.T).abs(), dim=1)
-
-
-def error(corrector: CorrectorModel, stale: torch.Tensor, fresh: torch.Tensor) -> float:
-    return float(corrector_loss(corrector.correct(stale), fresh))
-
-
-# ---------------------------------------------------------------------- fitting once
-
-
-def test_mean_shift_and_affine_hold_the_closed_form() -> None:
-    stale, fresh = unit_rows(), linear_drift(unit_rows())
-    pairs = Pairs.collect(stale, fresh)
-    shifted, affine = fit_corrector(make("mean_shift"), stale, fresh), fit_corrector(make("affine"), stale, fresh)
-    assert torch.equal(shifted.shift, fit_mean_shift(pairs))
-    fit = fit_affine(pairs)
-    assert torch.equal(affine.weight, fit.weight)
-    assert torch.equal(affine.mean, fit.mean)
-    assert torch.equal(affine.bias, fit.bias)
-    assert affine.fitted_pairs == shifted.fitted_pairs == TARGETS
-
-
-@pytest.mark.parametrize("kind", ["mean_shift", "affine", "residual_mlp"])
-def test_fit_reduces_the_error_on_other_targets(kind: str) -> None:
-    stale, fresh = unit_rows(), linear_drift(unit_rows())
-    corrector = make(kind)
-    before = error(corrector, stale[300:], fresh[300:])
-    assert fit_corrector(corrector, stale[:300], fresh[:300], fitting=QUICK) is corrector
-    assert error(corrector, stale[300:], fresh[300:]) < (0.95 if kind == "mean_shift" else 0.3) * before
-
-
-def test_network_follows_a_bent_map_more_closely_than_an_affine_one() -> None:
-    stale = unit_rows(2000)
-    fresh = bent_drift(stale)
-    errors = {}
-    for kind in ("identity", "affine", "residual_mlp"):
-        corrector = fit_corrector(make(kind), stale[:1600], fresh[:1600], fitting=CorrectorFitting(max_epochs=40))
-        errors[kind] = error(corrector, stale[1600:], fresh[1600:])
-    assert errors["residual_mlp"] < 0.8 * errors["affine"]
-    assert errors["affine"] < errors["identity"]
-
-
-def test_network_keeps_the_state_that_was_best_on_held_out_targets() -> None:
-    stale, fresh = unit_rows(40), unit_rows(40, seed=9)
-    corrector = make("residual_mlp")
-    before = error(corrector, stale, fresh)
-    fit_corrector(corrector, stale, fresh, fitting=CorrectorFitting(max_epochs=60, batch_size=8, learning_rate=1e-2))
-    assert corrector.config.fit_summary["held_out_error"] <= 1.3 * before
-
-
-@pytest.mark.parametrize("kind", ["affine", "residual_mlp"])
-@pytest.mark.parametrize("dim_out", [5, 12])
-def test_spaces_of_different_size_are_fitted(kind: str, dim_out: int) -> None:
-    stale = unit_rows()
-    fresh = normalize(stale @ torch.randn(DIM, dim_out, generator=torch.Generator().manual_seed(3)), dim=1)
-    corrector = make(kind, DIM, dim_out)
-    before = error(corrector, stale[300:], fresh[300:])
-    fit_corrector(corrector, stale[:300], fresh[:300], fitting=QUICK)
-    assert error(corrector, stale[300:], fresh[300:]) < 0.1 * before
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_the_fit_found_is_kept_in_the_configuration_and_saved(kind: str, tmp_path: Path) -> None:
-    stale, fresh = unit_rows(60), linear_drift(unit_rows(60))
-    corrector = fit_corrector(make(kind), stale, fresh, fitting=QUICK)
-    corrector.save_pretrained(tmp_path)
-    loaded = CorrectorModel.from_pretrained(tmp_path)
-    assert loaded.config.fit_summary == corrector.config.fit_summary
-    assert torch.equal(loaded.correct(stale), corrector.correct(stale))
-    if kind == "identity":
-        assert corrector.config.fit_summary is None
-    else:
-        assert corrector.config.fit_summary["pairs"] == 60
-
-
-@pytest.mark.parametrize("kind", ["mean_shift", "affine", "residual_mlp"])
-def test_pairs_of_one_target_count_as_one(kind: str) -> None:
-    rows = torch.randint(50, (200,), generator=torch.Generator().manual_seed(1))
-    stale = unit_rows(50)[rows]
-    corrector = fit_corrector(make(kind), stale, linear_drift(stale), target_rows=rows, fitting=QUICK)
-    assert corrector.fitted_pairs == len(rows.unique())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_fitting_leaves_global_random_numbers_gradients_and_flags_alone(kind: str) -> None:
-    stale, fresh = unit_rows(60), linear_drift(unit_rows(60))
-    corrector = make(kind).requires_grad_(False)
-    before = torch.get_rng_state()
-    fit_corrector(corrector, stale, fresh, fitting=QUICK)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert [(one.grad, one.requires_grad) for one in corrector.parameters()] == [(None, False)] * len(
-        list(corrector.parameters())
-    )
-
-
-def test_gradient_fit_depends_on_its_seed_alone() -> None:
-    stale, fresh = unit_rows(60), linear_drift(unit_rows(60))
-
-    def fitted(seed: int) -> torch.Tensor:
-        torch.manual_seed(seed + 77)
-        return fit_corrector(
-            make("residual_mlp"), stale, fresh, fitting=CorrectorFitting(max_epochs=5, seed=seed)
-        ).output.weight
-
-    assert torch.equal(fitted(0), fitted(0))
-    assert not torch.equal(fitted(0), fitted(1))
-
-
-@pytest.mark.parametrize("kind", ["affine", "residual_mlp"])
-def test_fit_works_where_gradients_are_off(kind: str) -> None:
-    stale, fresh = unit_rows(60), linear_drift(unit_rows(60))
-    expected = fit_corrector(make(kind), stale, fresh, fitting=QUICK).correct(stale)
-    with torch.no_grad():
-        assert torch.equal(fit_corrector(make(kind), stale, fresh, fitting=QUICK).correct(stale), expected)
-
-
-@pytest.mark.parametrize("kind", ["mean_shift", "affine", "residual_mlp"])
-def test_two_targets_are_enough_and_one_is_not(kind: str) -> None:
-    stale = unit_rows(2)
-    assert torch.isfinite(fit_corrector(make(kind), stale, linear_drift(stale), fitting=QUICK).correct(stale)).all()
-    with pytest.raises(ConfigurationError, match="at least 2"):
-        fit_corrector(make(kind), stale[:1], stale[:1])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_vectors_of_another_size_are_refused(kind: str) -> None:
-    with pytest.raises(ConfigurationError, match="corrector fit"):
-        fit_corrector(make(kind), unit_rows(10, 5), unit_rows(10), fitting=QUICK)
-    with pytest.raises(ConfigurationError, match="corrector fit"):
-        fit_corrector(make(kind), unit_rows(10), unit_rows(10, 1), fitting=QUICK)
-    with pytest.raises(ConfigurationError, match="corrector fit"):
-        fit_corrector(make(kind), unit_rows(10), unit_rows(9), fitting=QUICK)
-
-
-def test_network_has_no_closed_form() -> None:
-    with pytest.raises(ConfigurationError, match="closed form"):
-        solve_closed_form(make("residual_mlp"), Pairs.collect(unit_rows(9), unit_rows(9)))
-
-
-def test_gradient_update_returns_the_loss_and_descends() -> None:
-    stale, fresh = unit_rows(100), linear_drift(unit_rows(100))
-    corrector = make("residual_mlp").requires_grad_(False)
-    optimizer = torch.optim.AdamW(corrector.parameters(), lr=1e-3)
-    before = float(corrector_loss(corrector(stale), fresh))
-    losses = [gradient_update(corrector, optimizer, stale, fresh) for _ in range(20)]
-    assert losses[0] == pytest.approx(before)
-    assert losses[-1] < losses[0]
-    assert all(one.grad is None and not one.requires_grad for one in corrector.parameters())
-
-
-# ---------------------------------------------------------------------- following the drift
+from hf_corrector.training.corrector_fit import CorrectorFitting
+from hf_corrector.training.corrector_trainer import OnlineCorrector, OnlineTargets
 
 
 class Drift:
@@ -218,12 +39,13 @@ def follow(online: OnlineCorrector, drift: Drift, steps: range) -> list[bool]:
     for step in steps:
         rows = drift.rows(step)
         online.observe(rows, drift.fresh(step)[rows], step=step)
+        online.advance(0.1)
         changed.append(online.update(step))
     return changed
 
 
 def online_of(kind: str, drift: Drift, fitting: CorrectorFitting = QUICK) -> OnlineCorrector:
-    return OnlineCorrector(make(kind), drift.gather, num_targets=TARGETS, fitting=fitting)
+    return OnlineCorrector(make(kind), OnlineTargets(TARGETS, drift.gather), fitting=fitting)
 
 
 @pytest.mark.parametrize("kind", ["affine", "residual_mlp"])
@@ -357,11 +179,63 @@ def test_interrupted_fitting_goes_on_as_if_never_interrupted(kind: str, interrup
     follow(first, drift, range(interrupted))
     first.corrector.save_pretrained(tmp_path / "corrector")
     state = save_and_load(tmp_path)(first.state())
-    second = OnlineCorrector(
-        CorrectorModel.from_pretrained(tmp_path / "corrector"), drift.gather, num_targets=TARGETS, fitting=QUICK
-    )
+    loaded = CorrectorModel.from_pretrained(tmp_path / "corrector")
+    second = OnlineCorrector(loaded, OnlineTargets(TARGETS, drift.gather), fitting=QUICK)
     second.load_state(state)
     follow(second, drift, range(interrupted, 30))
     second.finish()
     assert torch.equal(second.corrector.correct(drift.stale), whole.corrector.correct(drift.stale))
     assert torch.equal(second.fitted_rows, whole.fitted_rows)
+
+
+# ---------------------------------------------------------------------- side features and the clock
+
+
+def lexical_online(kind: str, counts, drift: Drift, *, from_zero: bool = True) -> OnlineCorrector:
+    torch.manual_seed(0)
+    config = CorrectorConfig(
+        kind=kind, input_dim=DIM, hidden_dim=64, side="tokens", side_dim=counts.width, side_vocabulary=counts.vocabulary
+    )
+    targets = OnlineTargets(TARGETS, drift.gather, side=counts, drift_from_zero=from_zero)
+    return OnlineCorrector(CorrectorModel(config), targets, fitting=QUICK)
+
+
+@pytest.mark.parametrize("kind", ["affine", "kernel", "residual_mlp"])
+def test_tokens_are_followed_online(kind: str) -> None:
+    counts, drift = token_counts(), Drift()
+    end = lexical_drift(drift.stale, counts)
+    plain, lexical = online_of(kind, drift), lexical_online(kind, counts, drift)
+    for step in range(40):
+        now = normalize(drift.stale + (step / 40) * (end - drift.stale), dim=1)
+        for online in (plain, lexical):
+            online.observe(drift.rows(step), now[drift.rows(step)], step=step)
+            online.advance(0.1)
+            online.update(step)
+    for online in (plain, lexical):
+        online.finish()
+    now = normalize(drift.stale + (39 / 40) * (end - drift.stale), dim=1)
+    with_tokens = corrector_loss(lexical.corrector.correct(drift.stale, counts), now)
+    assert with_tokens < 0.7 * error(plain.corrector, drift.stale, now)
+
+
+def test_clock_brings_earlier_pairs_forward() -> None:
+    drift = Drift()
+    followed = {}
+    for from_zero in (True, False):
+        targets = OnlineTargets(TARGETS, drift.gather, drift_from_zero=from_zero)
+        online = OnlineCorrector(make("kernel"), targets, fitting=QUICK)
+        follow(online, drift, range(20))
+        followed[from_zero] = error(online.corrector, drift.stale, drift.fresh(19))
+    assert followed[True] < 0.8 * followed[False]
+
+
+@pytest.mark.parametrize("kind", ["affine", "kernel", "residual_mlp"])
+def test_interrupted_fitting_with_tokens_goes_on_as_if_never_interrupted(kind: str, tmp_path: Path) -> None:
+    counts, drift = token_counts(), Drift()
+    whole, first, second = (lexical_online(kind, counts, drift) for _ in range(3))
+    follow(whole, drift, range(24))
+    follow(first, drift, range(13))
+    second.corrector.load_state_dict(first.corrector.state_dict())
+    second.load_state(save_and_load(tmp_path)(first.state()))
+    follow(second, drift, range(13, 24))
+    assert torch.equal(second.corrector.correct(drift.stale, counts), whole.corrector.correct(drift.stale, counts))

@@ -9,12 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_corrector.cache.side_store import open_side, save_side
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.pairs import from_pairs
 from hf_corrector.data.retrieval import RetrievalData, column
-from hf_corrector.encoding import build_cache
+from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CacheMismatchError, CheckpointError, ConfigurationError, DataError
 from hf_corrector.models import CorrectorModel, DualEncoderModel
+from hf_corrector.side_features import DenseSide
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.checkpointing import COMPLETE_MARKER, newest_complete_checkpoint
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
@@ -177,6 +179,9 @@ def test_refreshed_targets_are_those_of_the_current_weights(
     [
         {"corrector_kind": "affine"},
         {"corrector_kind": "residual_mlp"},
+        {"corrector_kind": "kernel", "corrector_side": "tokens", "corrector_update_steps": 2},
+        {"corrector_kind": "residual_mlp", "corrector_side": "word_embeddings", "corrector_update_steps": 2},
+        {"corrector_kind": "affine", "corrector_side": "tokens", "refresh_steps": "3", "corrector_update_steps": 1},
         {"staleness": "refresh", "refresh_steps": "3"},
         {"corrector_kind": "affine", "refresh_steps": "3", "gradient_accumulation_steps": 2},
         {"negatives": "uniform", "staleness": "ignore"},
@@ -269,6 +274,27 @@ def test_a_cache_of_the_same_encoder_is_used_again_and_that_of_another_refused(
     )
     with pytest.raises(CacheMismatchError, match="prompt"):
         other.prepare()
+
+
+def test_side_features_of_the_users_own_come_with_the_cache_given(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    model = DualEncoderModel.from_encoder(tiny_encoder)
+    cache = build_cache(model, data.corpus, tmp_path / "cache", options=EncodeOptions(progress=False)).cache
+    own = {"corrector_kind": "affine", "corrector_side": "matrix", "corrector_update_steps": 2}
+    with pytest.raises(ConfigurationError, match="target_cache"):
+        trainer_for(tiny_encoder, data, tmp_path / "none", **own)
+    save_side(cache, DenseSide(torch.randn(len(cache), 3, generator=torch.Generator().manual_seed(0))))
+    trainer = DualEncoderTrainer(
+        DualEncoderModel.from_encoder(tiny_encoder), arguments(tmp_path / "out", **own), train_dataset=data.train,
+        targets=data.corpus, target_cache=TargetCache.open(tmp_path / "cache"),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    loaded = CorrectorModel.from_pretrained(str(tmp_path / "out" / "corrector"))
+    side, stale = open_side(cache, "matrix"), cache.read(0, len(cache))
+    assert torch.equal(loaded.correct(stale, side), trainer.model.corrector.correct(stale, side))
+    assert loaded.side_weight.abs().sum() > 0
 
 
 def test_an_older_cache_may_be_given(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:

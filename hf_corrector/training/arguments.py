@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.models.configuration_corrector import ACTIVATIONS, CLOSED_FORM_KINDS, KINDS
+from hf_corrector.models.configuration_corrector import ACTIVATIONS, CLOSED_FORM_KINDS, KINDS, SIDES
 from hf_corrector.training.refresh_schedule import RefreshSchedule
 
 NEGATIVES = ("softmax", "top_k", "uniform", "in_batch")
@@ -72,6 +72,14 @@ class DualEncoderTrainingArguments(TrainingArguments):
 
     # -- corrector
     corrector_kind: str = field(default="affine", metadata={"help": "Family of the corrector.", "choices": KINDS})
+    corrector_side: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the corrector reads of a target besides its vector: 'tokens', 'word_embeddings' or, stored "
+            "with the cache, 'matrix'.",
+            "choices": SIDES,
+        },
+    )
     corrector_fit: str | None = field(
         default=None,
         metadata={"help": "'closed_form' or 'gradient'; by default what the family allows.", "choices": CORRECTOR_FITS},
@@ -121,6 +129,7 @@ class DualEncoderTrainingArguments(TrainingArguments):
         choices = {
             "negatives": NEGATIVES, "staleness": STALENESS, "corrector_kind": KINDS,
             "warmup_negatives": WARMUP_NEGATIVES,
+            "corrector_side": (None, *SIDES),
             "corrector_fit": (None, *CORRECTOR_FITS), "corrector_activation": ACTIVATIONS, "cache_dtype": CACHE_DTYPES,
         }  # fmt: skip
         for name, allowed in choices.items():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import Dataset
 
 from hf_corrector._distributed import world_size
 from hf_corrector.cache.manifest import check_fingerprint
+from hf_corrector.cache.side_store import open_side
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.pairs import from_pairs
 from hf_corrector.data.retrieval import RetrievalData, column, texts_hash, validate, with_optional_columns
@@ -18,6 +19,7 @@ from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataErro
 from hf_corrector.models.configuration_corrector import CorrectorConfig
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.side_features import DEFAULT_BIGRAM_BUCKETS, TokenCounts
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 
 Splits: TypeAlias = Dataset | dict[str, Dataset] | None
@@ -80,17 +82,33 @@ def check_data(train: Dataset | None, targets: Dataset | None, evaluation: Split
     return train, targets, several["eval_dataset"]
 
 
-def attach_corrector(model: DualEncoderModel, args: DualEncoderTrainingArguments) -> None:
-    """Give the model the corrector the arguments ask for, keeping the one it has where it is of that form."""
+def attach_corrector(
+    model: DualEncoderModel, args: DualEncoderTrainingArguments, cache: TargetCache | None = None
+) -> None:
+    """Give the model the corrector the arguments ask for, keeping the one it has where it is of that form.
+
+    Args:
+        model: The encoder.
+        args: Arguments of the run.
+        cache: The cache given to the run, which knows the width of a user's own side features.
+
+    Raises:
+        CacheError: If the cache holds no side features of the kind asked for.
+        ConfigurationError: If a user's own side features are asked for without a cache that holds them.
+    """
     if not args.uses_corrector:
         model.corrector = model.config.corrector = None
         return
     config = CorrectorConfig(
         kind=args.corrector_kind, input_dim=model.config.embedding_dim, hidden_dim=args.corrector_hidden_dim,
         activation=args.corrector_activation, normalize_output=model.config.normalize,
+        **_side_settings(model, args.corrector_side, cache),
     )  # fmt: skip
     has = None if model.corrector is None else model.corrector.config
-    compared = ("kind", "input_dim", "output_dim", "hidden_dim", "activation", "normalize_output")
+    compared = (
+        "kind", "input_dim", "output_dim", "hidden_dim", "activation", "normalize_output", "side", "side_dim",
+        "side_vocabulary",
+    )  # fmt: skip
     if has is None or any(getattr(has, name) != getattr(config, name) for name in compared):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
@@ -100,8 +118,33 @@ def attach_corrector(model: DualEncoderModel, args: DualEncoderTrainingArguments
         model.corrector.requires_grad_(False)
 
 
+def _side_settings(model: DualEncoderModel, side: str | None, cache: TargetCache | None) -> dict[str, Any]:
+    """Return the corrector's settings for its side features."""
+    if side is None:
+        return {}
+    if side == "word_embeddings":
+        table = cast(torch.nn.Embedding, model.target_encoder.get_input_embeddings())
+        return {"side": side, "side_dim": table.embedding_dim}
+    if cache is not None:
+        stored = open_side(cache, side)
+        vocabulary = stored.vocabulary if isinstance(stored, TokenCounts) else None
+        return {"side": side, "side_dim": stored.width, "side_vocabulary": vocabulary}
+    if side == "matrix":
+        raise ConfigurationError(
+            "corrector_side", expected="a target_cache that holds the matrix", got="'matrix' without one",
+            cure="Store it with save_side(cache, DenseSide(matrix)) and pass that cache as target_cache.",
+        )  # fmt: skip
+    vocabulary = model.target_vocabulary
+    return {"side": side, "side_dim": vocabulary + DEFAULT_BIGRAM_BUCKETS, "side_vocabulary": vocabulary}
+
+
 def check_given_cache(cache: TargetCache, targets: Dataset, model: DualEncoderModel) -> None:
-    """Refuse a cache of other targets or of another size (CacheMismatchError)."""
+    """Refuse a cache of other targets, of another size or of corrected vectors (CacheMismatchError)."""
+    if cache.fingerprint.corrected_from is not None:
+        raise CacheMismatchError(
+            str(cache.path), expected="vectors an encoder made", got="corrected ones, which no encoder would repeat",
+            cure="Pass the cache they came from.",
+        )  # fmt: skip
     # Vectors that came without texts can only be matched by their ids.
     without_texts = cache.texts_hash.startswith("vectors-") and list(cache.ids) == column(targets, "id")
     if not without_texts and cache.texts_hash != texts_hash(targets):

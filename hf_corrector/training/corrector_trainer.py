@@ -1,190 +1,55 @@
-"""Fitting a corrector: once to given pairs, or online to the pairs that training yields for free."""
+"""Fitting a corrector online, to the pairs that training yields for free."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
-from hf_corrector.errors import ConfigurationError
-from hf_corrector.fitting import PRIORS, RELATIVE_RIDGES, AffineFit, Pairs, fit_affine, fit_mean_shift
-from hf_corrector.losses import corrector_loss
+from hf_corrector.fitting import RELATIVE_RIDGES, CompositePlan, Pairs
 from hf_corrector.models.modeling_corrector import CorrectorModel
-from hf_corrector.training.pair_window import PairWindow
+from hf_corrector.side_features import SideFeatures, TokenCounts, TokenStatistics
+from hf_corrector.training.corrector_fit import (
+    CorrectorFitting,
+    Search,
+    fit_side,
+    gradient_update,
+    solve_closed_form,
+)
+from hf_corrector.training.pair_window import PairWindow, WindowPairs
 
 # Between full choices of prior and ridge, every third strength around the identity is enough to follow the drift.
 ONLINE_RIDGES = RELATIVE_RIDGES[::3]
-HELD_OUT_SHARE = 0.1
-PATIENCE = 5
+# Targets and landmarks of a composite fit during training: solved in seconds, and refined when training ends.
+ONLINE_TARGETS, ONLINE_LANDMARKS, FINAL_TARGETS = 4096, 1024, 8192
+# Names and order of what a checkpoint remembers of the last composite fit.
+REMEMBERED = ("constant", "linear", "radial", "tokens", "bigrams", "side", "relative_width")
 
 
 @dataclass(frozen=True)
-class CorrectorFitting:
-    """How a corrector is fitted.
+class OnlineTargets:
+    """The cached targets a corrector is fitted to.
 
     Attributes:
-        window: Online: fit on the targets re-encoded in so many most recent steps.
-        update_steps: Online: steps between closed-form fits.
-        learning_rate: AdamW learning rate of gradient fits.
-        batch_size: Pairs per gradient update.
-        updates: Online: gradient updates per step.
-        finishing_updates: Gradient updates with falling learning rate when training ends.
-        max_epochs: Offline: passes over the pairs at most; ends early by the error on held-out targets.
-        seed: Seed of the order of pairs.
+        count: How many there are.
+        gather_stale: Returns the stale vectors of target rows ``(n,)``, as ``(n, input_dim)``.
+        side: Their side features, or None.
+        held_out: Rows that are never fitted on, ``(n,)`` int64, so that queries looking for them can judge the fit.
+        drift_from_zero: Whether the stale vectors are those of the encoder that training starts from.
     """
 
-    window: int = 100
-    update_steps: int = 10
-    learning_rate: float = 1e-3
-    batch_size: int = 256
-    updates: int = 4
-    finishing_updates: int = 200
-    max_epochs: int = 200
-    seed: int = 0
+    count: int
+    gather_stale: Callable[[torch.Tensor], torch.Tensor]
+    side: SideFeatures | None = None
+    held_out: torch.Tensor | None = None
+    drift_from_zero: bool = True
 
-
-def fit_corrector(
-    corrector: CorrectorModel,
-    stale: torch.Tensor,
-    fresh: torch.Tensor,
-    *,
-    target_rows: torch.Tensor | None = None,
-    fitting: CorrectorFitting | None = None,
-) -> CorrectorModel:
-    """Fit a corrector of any kind to pairs of stale and fresh embeddings, in place.
-
-    Closed-form kinds are solved; ``residual_mlp`` is trained by AdamW, with the state that was best on a tenth of the
-    targets kept.
-
-    Args:
-        corrector: What to fit; changed and returned.
-        stale: Stale embeddings, ``(n, input_dim)``.
-        fresh: Embeddings of the same targets by the current encoder, ``(n, output_dim)``.
-        target_rows: Which target each pair belongs to, ``(n,)`` int64; pairs of one target are merged.
-        fitting: Settings of the gradient fit.
-
-    Raises:
-        ConfigurationError: If shapes disagree, a number is not finite, or there are fewer than two targets.
-    """
-    pairs = Pairs.collect(stale, fresh, target_rows=target_rows)
-    if corrector.config.kind == "residual_mlp":
-        _check_sizes(corrector, pairs)
-        _fit_gradient(corrector, pairs, CorrectorFitting() if fitting is None else fitting)
-    else:
-        solve_closed_form(corrector, pairs)
-    return corrector
-
-
-def solve_closed_form(
-    corrector: CorrectorModel,
-    pairs: Pairs,
-    *,
-    priors: tuple[str, ...] = PRIORS,
-    relative_ridges: tuple[float, ...] = RELATIVE_RIDGES,
-) -> None:
-    """Solve for a closed-form corrector's buffers, in place; the identity has none.
-
-    Raises:
-        ConfigurationError: If the kind has no closed form or the sizes disagree.
-    """
-    config = corrector.config
-    _check_sizes(corrector, pairs)
-    match config.kind:
-        case "identity":
-            return
-        case "mean_shift":
-            corrector.shift.copy_(fit_mean_shift(pairs))
-            summary: dict[str, object] = {"pairs": len(pairs.stale)}
-        case "affine":
-            fit = fit_affine(pairs, priors=priors, relative_ridges=relative_ridges)
-            _load_affine(corrector, fit)
-            summary = {key: value for key, value in asdict(fit).items() if not isinstance(value, torch.Tensor)}
-        case kind:
-            raise ConfigurationError(
-                "corrector fit", expected="a kind with a closed form", got=repr(kind), cure="Use the gradient fit."
-            )
-    corrector.fitted_pairs.fill_(len(pairs.stale))
-    config.fit_summary = summary
-
-
-def _check_sizes(corrector: CorrectorModel, pairs: Pairs) -> None:
-    config = corrector.config
-    if (pairs.stale.shape[1], pairs.fresh.shape[1]) != (config.input_dim, config.output_dim):
-        raise ConfigurationError(
-            "corrector fit", expected=f"vectors of sizes {config.input_dim} and {config.output_dim}",
-            got=f"{pairs.stale.shape[1]} and {pairs.fresh.shape[1]}",
-            cure="Configure the corrector for these encoders.",
-        )  # fmt: skip
-
-
-def _load_affine(corrector: CorrectorModel, fit: AffineFit) -> None:
-    corrector.mean.copy_(fit.mean)
-    corrector.weight.copy_(fit.weight)
-    corrector.bias.copy_(fit.bias)
-
-
-def gradient_update(
-    corrector: CorrectorModel, optimizer: torch.optim.Optimizer, stale: torch.Tensor, fresh: torch.Tensor
-) -> float:
-    """Do one gradient step on ‖h(stale) − fresh‖² and return the loss before it.
-
-    The corrector's parameters ask for no gradient outside of this function, so that neither the encoder's optimiser,
-    nor its clipping, nor a distributed wrapper ever sees them.
-    """
-    parameters = list(corrector.parameters())
-    with torch.enable_grad():
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        loss = corrector_loss(corrector(stale), fresh)
-        gradients = torch.autograd.grad(loss, parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.requires_grad_(False)
-        parameter.grad = gradient
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
-
-
-def _fit_gradient(corrector: CorrectorModel, pairs: Pairs, fitting: CorrectorFitting) -> None:
-    generator = torch.Generator().manual_seed(fitting.seed)
-    order = torch.randperm(len(pairs.stale), generator=generator)
-    held_out = order[: max(int(len(order) * HELD_OUT_SHARE), 1)]
-    kept = order[len(held_out) :] if len(order) > 1 else order
-    device = corrector.fitted_pairs.device
-    stale, fresh = pairs.stale.float().to(device), pairs.fresh.float().to(device)
-    if corrector.config.input_dim != corrector.config.output_dim:
-        _start_from_affine(corrector, pairs)
-    optimizer = torch.optim.AdamW(corrector.parameters(), lr=fitting.learning_rate, weight_decay=0.0)
-    with torch.no_grad():
-        best = float(corrector_loss(corrector(stale[held_out]), fresh[held_out]))
-    best_state, waited = {name: value.clone() for name, value in corrector.state_dict().items()}, 0
-    for _ in range(fitting.max_epochs):
-        shuffled = kept[torch.randperm(len(kept), generator=generator)]
-        for batch in shuffled.split(fitting.batch_size):
-            gradient_update(corrector, optimizer, stale[batch], fresh[batch])
-        with torch.no_grad():
-            error = float(corrector_loss(corrector(stale[held_out]), fresh[held_out]))
-        waited += 1
-        if error < best:
-            best, waited = error, 0
-            best_state = {name: value.clone() for name, value in corrector.state_dict().items()}
-        elif waited >= PATIENCE:
-            if optimizer.param_groups[0]["lr"] < fitting.learning_rate / 50:
-                break
-            optimizer.param_groups[0]["lr"] /= 4
-            waited = 0
-    corrector.load_state_dict(best_state)
-    corrector.fitted_pairs.fill_(len(pairs.stale))
-    corrector.config.fit_summary = {"pairs": len(pairs.stale), "held_out_error": best}
-
-
-def _start_from_affine(corrector: CorrectorModel, pairs: Pairs) -> None:
-    """Between spaces of different size there is no identity to start at: start at the ridge solution."""
-    fit = fit_affine(pairs)
-    corrector.skip.copy_(fit.weight)
-    with torch.no_grad():
-        corrector.output.bias.copy_(fit.bias - fit.weight @ fit.mean)
+    def token_statistics(self) -> TokenStatistics | None:
+        """Return how common each token is among all targets, for side features that are token counts."""
+        return self.side.statistics() if isinstance(self.side, TokenCounts) else None
 
 
 class OnlineCorrector:
@@ -192,34 +57,31 @@ class OnlineCorrector:
 
     Args:
         corrector: The corrector; its parameters stop asking for gradients.
-        gather_stale: Returns the stale vectors of target rows ``(n,)``, as ``(n, input_dim)``.
-        num_targets: Number of cached targets.
+        targets: The cached targets.
         fitting: How to fit.
-        held_out: Rows that are never fitted on, ``(n,)`` int64, so that queries looking for them can judge the fit.
     """
 
-    def __init__(
-        self,
-        corrector: CorrectorModel,
-        gather_stale: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        num_targets: int,
-        fitting: CorrectorFitting,
-        held_out: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, corrector: CorrectorModel, targets: OnlineTargets, *, fitting: CorrectorFitting) -> None:
         corrector.requires_grad_(False)
-        self.corrector, self.fitting, self._gather_stale = corrector, fitting, gather_stale
+        self.corrector, self.fitting, self.targets = corrector, fitting, targets
         self.window = PairWindow(fitting.window, int(corrector.config.output_dim or 0))
-        self.seen = torch.zeros(num_targets, dtype=torch.bool)
-        self._usable = torch.ones(num_targets, dtype=torch.bool)
-        if held_out is not None:
-            self._usable[held_out] = False
+        self.seen = torch.zeros(targets.count, dtype=torch.bool)
+        self._usable = torch.ones(targets.count, dtype=torch.bool)
+        if targets.held_out is not None:
+            self._usable[targets.held_out] = False
         self._optimizer = self._new_optimizer()
+        self._statistics = targets.token_statistics()
+        self._progress, self._solves = 0.0, 0
+        self._remembered: dict[str, float] = {}
 
     @property
     def fitted_rows(self) -> torch.Tensor:
         """Rows of all targets whose fresh embeddings the corrector has been fitted on, ``(n,)`` int64."""
         return self.seen.nonzero()[:, 0]
+
+    @property
+    def _is_composite(self) -> bool:
+        return self.corrector.config.kind == "kernel" or self.corrector.config.side is not None
 
     def _new_optimizer(self) -> torch.optim.Optimizer | None:
         if self.corrector.config.kind != "residual_mlp":
@@ -230,7 +92,11 @@ class OnlineCorrector:
         """Take in targets that were re-encoded at ``step``: rows ``(n,)`` and embeddings ``(n, dim)``."""
         rows = rows.detach().cpu()
         usable = self._usable[rows]
-        self.window.add(rows[usable], fresh[usable.to(fresh.device)], step=step)
+        self.window.add(rows[usable], fresh[usable.to(fresh.device)], step=step, progress=self._progress)
+
+    def advance(self, learning_rate: float) -> None:
+        """Note that the encoder was updated with this learning rate; their sum is the clock of the drift."""
+        self._progress += learning_rate
 
     def update(self, step: int) -> bool:
         """Follow the drift after a step; say whether the corrector changed.
@@ -238,16 +104,20 @@ class OnlineCorrector:
         Args:
             step: Optimiser steps done before this one.
         """
-        if self._optimizer is not None:
-            self._descend(self._optimizer, self.fitting.updates, step=step)
-            return True
         due = (step + 1) % self.fitting.update_steps == 0
-        return self._solve(online=True) if due else False
+        if self._optimizer is None:
+            return self._solve(online=True) if due else False
+        if due and self._is_composite:
+            self._solve(online=True)
+        self._descend(self._optimizer, self.fitting.updates, step=step)
+        return True
 
     def finish(self) -> bool:
         """Fit once more when training ends, with the full choice of priors or a falling learning rate."""
         if self._optimizer is None:
             return self._solve(online=False)
+        if self._is_composite:
+            self._solve(online=False)
         self._descend(self._optimizer, self.fitting.finishing_updates, step=-1, falling=True)
         return True
 
@@ -255,15 +125,51 @@ class OnlineCorrector:
         found = self.window.pairs()
         if len(found.rows) < 2 or self.corrector.config.kind == "identity":
             return False
-        pairs = Pairs.collect(self._gather_stale(found.rows), found.fresh)
-        square = self.corrector.config.input_dim == self.corrector.config.output_dim
-        if online and square:
-            solve_closed_form(self.corrector, pairs, priors=("identity",), relative_ridges=ONLINE_RIDGES)
+        if self._is_composite:
+            found = found.latest(ONLINE_TARGETS if online else FINAL_TARGETS)
+        pairs = self._pairs(found)
+        if self._optimizer is not None:
+            fit_side(self.corrector, pairs, plan=self._plan(online=online))
         else:
-            solve_closed_form(self.corrector, pairs)
+            solve_closed_form(self.corrector, pairs, search=self._search(online=online))
+        self._remember()
+        self._solves += 1
         self.seen.zero_()
         self.seen[found.rows] = True
         return True
+
+    def _pairs(self, found: WindowPairs) -> Pairs:
+        side = None if self.targets.side is None else self.targets.side.gather(found.rows)
+        clock = None
+        if self._is_composite and self.targets.drift_from_zero and self._progress > 0:
+            # What was re-encoded before the first update has not moved at all; a little keeps the kernel regular.
+            clock = (found.progress / self._progress).clamp(min=1e-3, max=1.0)
+        pairs = Pairs.collect(self.targets.gather_stale(found.rows), found.fresh, side=side, clock=clock)
+        return dataclasses.replace(pairs, statistics=self._statistics)
+
+    def _search(self, *, online: bool) -> Search:
+        square = self.corrector.config.input_dim == self.corrector.config.output_dim
+        if online and square:
+            return Search(("identity",), ONLINE_RIDGES, self._plan(online=True))
+        return Search(composite=self._plan(online=online))
+
+    def _plan(self, *, online: bool) -> CompositePlan:
+        """Choose strengths anew at fits 1, 2, 4, 8 … and at the end; in between take them over."""
+        square = self.corrector.config.input_dim == self.corrector.config.output_dim
+        if not online:
+            return CompositePlan(seed=self.fitting.seed)
+        chosen = math.log2(self._solves + 1).is_integer() or not self._remembered
+        strengths = {name: value for name, value in self._remembered.items() if name != "relative_width"}
+        return CompositePlan(
+            prior="identity" if square else "best", strengths=None if chosen else strengths,
+            relative_width=None if chosen else self._remembered["relative_width"], seed=self.fitting.seed,
+            dtype=torch.float32, landmarks=ONLINE_LANDMARKS,
+        )  # fmt: skip
+
+    def _remember(self) -> None:
+        summary = self.corrector.config.fit_summary or {}
+        if "strengths" in summary:
+            self._remembered = {**summary["strengths"], "relative_width": summary["relative_width"]}
 
     def _descend(self, optimizer: torch.optim.Optimizer, updates: int, *, step: int, falling: bool = False) -> None:
         found = self.window.pairs()
@@ -276,15 +182,23 @@ class OnlineCorrector:
             # Set anew each time: after a finish, training may go on.
             optimizer.param_groups[0]["lr"] = self.fitting.learning_rate * (1 - update / updates if falling else 1.0)
             picked = torch.randint(len(found.rows), (self.fitting.batch_size,), generator=generator)
-            stale = self._gather_stale(found.rows[picked]).to(device)
-            loss = gradient_update(self.corrector, optimizer, stale, found.fresh[picked].to(device))
+            rows, added = found.rows[picked], None
+            if self.targets.side is not None:
+                added = self.corrector.side_displacement(self.targets.side.gather(rows).to(device))
+            stale = self.targets.gather_stale(rows).to(device)
+            loss = gradient_update(self.corrector, optimizer, stale, found.fresh[picked].to(device), added=added)
         self.seen[found.rows] = True
         self.corrector.fitted_pairs.fill_(int(self.seen.sum()))
-        self.corrector.config.fit_summary = {"pairs": int(self.seen.sum()), "loss": loss}
+        summary = {} if self.corrector.config.fit_summary is None else self.corrector.config.fit_summary
+        self.corrector.config.fit_summary = {**summary, "pairs": int(self.seen.sum()), "loss": loss}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a checkpoint needs beside the corrector's weights, as flat tensors."""
-        state = {**self.window.state(), "seen": self.seen}
+        remembered = [self._remembered.get(name, math.nan) for name in REMEMBERED]
+        state = {
+            **self.window.state(), "seen": self.seen, "progress": torch.tensor(self._progress, dtype=torch.float64),
+            "solves": torch.tensor(self._solves), "remembered": torch.tensor(remembered, dtype=torch.float64),
+        }  # fmt: skip
         if self._optimizer is not None:
             for number, values in self._optimizer.state_dict()["state"].items():
                 state.update({f"optimizer.{number}.{name}": torch.as_tensor(one) for name, one in values.items()})
@@ -294,6 +208,9 @@ class OnlineCorrector:
         """Restore what :meth:`state` returned."""
         self.window.load_state(state)
         self.seen = state["seen"].bool()
+        self._progress, self._solves = float(state["progress"]), int(state["solves"])
+        remembered = zip(REMEMBERED, state["remembered"].tolist(), strict=True)
+        self._remembered = {name: value for name, value in remembered if not math.isnan(value)}
         if self._optimizer is not None:
             content = self._optimizer.state_dict()
             entries: dict[int, dict[str, torch.Tensor]] = {}

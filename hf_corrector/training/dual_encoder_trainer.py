@@ -99,7 +99,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
         if target_cache is not None:
             check_given_cache(target_cache, targets, model)
         self.targets, self._given_cache = targets, target_cache
-        attach_corrector(model, args)
+        attach_corrector(model, args, target_cache)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=cast(Any, PairCollator(model.pad_token_id("query"), model.pad_token_id("target"))),
@@ -164,7 +164,11 @@ class DualEncoderTrainer(CheckpointingTrainer):
     def build_cache(self) -> TargetCache:
         """Make the cache from the model as it is, or take the one that was given."""
         if self._given_cache is not None:
-            self.live_cache = LiveCache(self._given_cache, self.model, self.args, held_out=self._held_out)
+            made_by = self.model.fingerprint("target").weights
+            self.live_cache = LiveCache(
+                self._given_cache, self.model, self.args, held_out=self._held_out,
+                from_start=self._given_cache.fingerprint.weights == made_by,
+            )  # fmt: skip
             return self._given_cache
         default = Path(str(self.args.output_dir)) / "cache"
         built = build_cache(
@@ -214,7 +218,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             if self.live_cache is not None and self.accelerator.sync_gradients:
                 with self.step_log.phase("corrector"):
-                    self.live_cache.update_corrector(self.state.global_step)
+                    self.live_cache.update_corrector(self.state.global_step, self._get_learning_rate())
         return loss
 
     def compute_loss(
@@ -384,10 +388,9 @@ class DualEncoderTrainer(CheckpointingTrainer):
         super().save_model(output_dir, _internal_call)
         if self.live_cache is not None and self.live_cache.online is not None and self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER
-            FittedTargets(
-                cache=self.live_cache.cache.manifest.checksum, encoder=self.model.fingerprint("target").digest,
-                rows=tuple(self.fitted_rows.tolist()),
-            ).save(folder)  # fmt: skip
+            cache, encoder, rows = self.live_cache.cache, self.model.fingerprint("target"), self.fitted_rows.tolist()
+            ids = tuple(cache.ids[row] for row in rows)
+            FittedTargets(cache.manifest.checksum, encoder.digest, tuple(rows), ids, encoder.to_dict()).save(folder)
 
     def load_extra_state(self, folder: Path) -> None:
         """Read costs; caches and pairs are restored by :meth:`prepare`."""

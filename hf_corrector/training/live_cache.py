@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import cast
 
 import torch
 from datasets import Dataset
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from hf_corrector._files import atomic_write, read_json, write_json
+from hf_corrector.cache.side_store import open_side, save_side, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.candidate_sampling import ContrastSet
 from hf_corrector.corrected_targets import CorrectedTargets
@@ -20,8 +22,10 @@ from hf_corrector.data.tokens import TokenStore
 from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CacheMismatchError, CheckpointError
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.side_features import SideFeatures, TokenCounts, mean_word_embeddings
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
-from hf_corrector.training.corrector_trainer import CorrectorFitting, OnlineCorrector
+from hf_corrector.training.corrector_fit import CorrectorFitting
+from hf_corrector.training.corrector_trainer import OnlineCorrector, OnlineTargets
 from hf_corrector.training.step_log import StepLog
 
 STATE_FILE = "corrector_state.json"
@@ -38,6 +42,7 @@ class LiveCache:
         args: Arguments of the run.
         first: The cache the run started with; ``cache`` if not given.
         held_out: Rows the corrector is not fitted on, ``(n,)`` int64.
+        from_start: Whether the vectors are those of the encoder as it was when training with them began.
 
     Attributes:
         cache: The vectors in use.
@@ -55,8 +60,9 @@ class LiveCache:
         *,
         first: TargetCache | None = None,
         held_out: torch.Tensor | None = None,
+        from_start: bool = True,
     ) -> None:
-        self._model, self._args, self._held_out = model, args, held_out
+        self._model, self._args, self._held_out, self._from_start = model, args, held_out, from_start
         self.first = cache if first is None else first
         self._use(cache)
 
@@ -66,11 +72,12 @@ class LiveCache:
         self.corrected, self.online = self.stale, None
         corrector = self._model.corrector
         if corrector is not None and self._args.uses_corrector:
-            self.corrected = CorrectedTargets(cache, corrector, device=self._args.device)
-            self.online = OnlineCorrector(
-                corrector, cache.gather, num_targets=len(cache), fitting=fitting_of(self._args),
-                held_out=self._held_out,
-            )  # fmt: skip
+            side = side_of(cache, self._model, self._args)
+            self.corrected = CorrectedTargets(cache, corrector, side=side, device=self._args.device)
+            targets = OnlineTargets(
+                len(cache), cache.gather, side=side, held_out=self._held_out, drift_from_zero=self._from_start
+            )
+            self.online = OnlineCorrector(corrector, targets, fitting=fitting_of(self._args))
 
     @torch.no_grad()
     def learn_from(self, contrast: ContrastSet, fresh: torch.Tensor, *, step: int, log: StepLog) -> None:
@@ -86,7 +93,9 @@ class LiveCache:
         seen, count = stale, len(fresh)
         log.observe("cosine_stale_fresh", float(F.cosine_similarity(stale, fresh).mean()), count=count)
         if self.online is not None:
-            seen = self.online.corrector(stale)
+            side = self.online.targets.side
+            beside = None if side is None else side.gather(contrast.rows).to(fresh.device)
+            seen = self.online.corrector(stale, beside)
             log.observe("cosine_corrected_fresh", float(F.cosine_similarity(seen, fresh).mean()), count=count)
             self.online.observe(contrast.rows, fresh, step=step)
         uniform = contrast.uniform.to(fresh.device)
@@ -94,9 +103,12 @@ class LiveCache:
             residual = (seen - fresh)[uniform].square().sum(dim=1).mean()
             log.observe("residual_uniform", float(residual), count=int(uniform.sum()))
 
-    def update_corrector(self, step: int) -> None:
-        """Let the corrector follow the drift after a step."""
-        if self.online is not None and self.online.update(step):
+    def update_corrector(self, step: int, learning_rate: float) -> None:
+        """Let the corrector follow the drift after a step that was taken with this learning rate."""
+        if self.online is None:
+            return
+        self.online.advance(learning_rate)
+        if self.online.update(step):
             self.corrected.invalidate()
 
     def finish_corrector(self) -> None:
@@ -121,6 +133,7 @@ class LiveCache:
             shutil.rmtree(path)
             built = build_cache(self._model, targets, path, tokens=tokens, options=options, generation=generation)
         self.reset_corrector()
+        self._from_start = True
         self._use(built.cache)
         self._remove_unnamed(path)
         return built.encoded
@@ -152,7 +165,8 @@ class LiveCache:
             {"path": os.path.relpath(one.path.resolve(), folder.resolve()), "checksum": one.manifest.checksum}
             for one in (self.first, self.cache)
         ]
-        write_json(folder / STATE_FILE, {"cost": cost, "caches": named, "settings": settings_of(self._args)})
+        state = {"cost": cost, "caches": named, "settings": settings_of(self._args), "from_start": self._from_start}
+        write_json(folder / STATE_FILE, state)
 
     @classmethod
     def reopen(
@@ -176,7 +190,7 @@ class LiveCache:
                 cure="Resume with the same arguments, or train from the start.",
             )  # fmt: skip
         first, current = (_open_named(folder, entry) for entry in (named[0], named[-1]))
-        live = cls(current, model, args, first=first, held_out=held_out)
+        live = cls(current, model, args, first=first, held_out=held_out, from_start=state["from_start"])
         if live.online is not None:
             live.online.load_state(load_file(folder / STATE_TENSORS))
         return live
@@ -186,11 +200,27 @@ def _cache_path(folder: Path, entry: dict[str, str]) -> Path:
     return folder / entry["path"]
 
 
+def side_of(cache: TargetCache, model: DualEncoderModel, args: DualEncoderTrainingArguments) -> SideFeatures | None:
+    """Open the side features a run's corrector reads; word embeddings are stored when they are first asked for.
+
+    Raises:
+        CacheError: If the cache holds none of that kind.
+    """
+    if args.corrector_side != "word_embeddings":
+        return None if args.corrector_side is None else open_side(cache, args.corrector_side)
+    if "word_embeddings" not in stored_sides(cache):
+        counts = open_side(cache, "tokens")
+        table = cast(torch.nn.Embedding, model.target_encoder.get_input_embeddings()).weight
+        save_side(cache, mean_word_embeddings(cast(TokenCounts, counts), table))
+    return open_side(cache, "word_embeddings")
+
+
 def settings_of(args: DualEncoderTrainingArguments) -> dict[str, str]:
     """Return the arguments a checkpoint's state depends on; it cannot be resumed with others."""
     return {
         "negatives": args.negatives, "staleness": args.staleness,
         "corrector_kind": args.corrector_kind if args.uses_corrector else "none",
+        "corrector_side": str(args.corrector_side) if args.uses_corrector else "none",
     }  # fmt: skip
 
 
