@@ -1,8 +1,9 @@
-"""Bridge between encoder, texts and cache: tokenise a corpus once, encode it into a cache."""
+"""Bridge between encoder, texts and cache: tokenise a corpus once, encode it into a cache, follow its changes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,18 +14,24 @@ from tqdm.auto import tqdm
 
 from hf_corrector._files import hash_strings
 from hf_corrector.batching import DEFAULT_TOKEN_BUDGET
+from hf_corrector.cache.edits import CacheEdit, CacheEditor
+from hf_corrector.cache.manifest import check_fingerprint
+from hf_corrector.cache.row_files import hash_texts
+from hf_corrector.cache.side_store import open_side, save_counts, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cache.writer import CachePlan, CacheWriter
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.data.tokens import TokenStore, token_store_key
-from hf_corrector.errors import CacheMismatchError, ConfigurationError
+from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.text_encoding import Role
 from hf_corrector.records import EncoderFingerprint
+from hf_corrector.side_features import TokenCounts
 
 TOKENS_FOLDER = "tokens"
 # Sorting by length within so many texts already leaves little padding, and bounds what a crash costs.
 DEFAULT_SHARD_ROWS = 65_536
+_COUNTED_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class EncodeOptions:
         compute_dtype: Arithmetic of the encoder: ``"float32"``, or another for autocast.
         token_budget: Tokens of a padded batch, at most.
         shard_rows: Rows of a shard; a build that was killed starts again at the last unfinished shard.
+        token_counts: Whether to store the targets' tokens with the cache, for correctors that read them.
         progress: Whether to show progress bars.
     """
 
@@ -43,6 +51,7 @@ class EncodeOptions:
     compute_dtype: str = "float32"
     token_budget: int = DEFAULT_TOKEN_BUDGET
     shard_rows: int = DEFAULT_SHARD_ROWS
+    token_counts: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -61,10 +70,12 @@ class CacheBuild:
     Attributes:
         cache: The cache, open.
         encoded: Targets encoded by this call; fewer than the cache holds where a killed build was taken up again.
+        deleted: Rows this call took out of the cache.
     """
 
     cache: TargetCache
     encoded: int
+    deleted: int = 0
 
 
 def tokenize_texts(
@@ -111,24 +122,134 @@ def build_cache(
         CacheMismatchError: If ``path`` holds a cache, or part of one, of another encoder or other texts, or ``tokens``
             are not those of this encoder and these texts.
     """
-    options = EncodeOptions() if options is None else options
+    options, texts = EncodeOptions() if options is None else options, column(corpus, "text")
     plan = CachePlan(
         ids=column(corpus, "id"), dim=model.config.embedding_dim, dtype=options.cache_dtype,
         fingerprint=model.fingerprint("target", compute_dtype=options.compute_dtype),
         texts_hash=texts_hash(corpus), shard_rows=options.shard_rows, generation=generation,
+        text_hashes=hash_texts(texts),
     )  # fmt: skip
+    store = None
     with CacheWriter(path, plan) as writer:
         pending, total = writer.pending_shards(), 0
         if pending:
-            store = _tokens_of(
-                model, column(corpus, "text"), given=tokens, plan=plan, path=path, progress=options.progress
-            )
+            store = _tokens_of(model, texts, given=tokens, plan=plan, path=path, progress=options.progress)
             total = sum(shard.stop - shard.start for shard in pending)
             with tqdm(total=total, desc="encode targets", unit="text", disable=not options.progress) as bar:
                 for shard in pending:
                     rows = np.arange(shard.start, shard.stop)
                     writer.write_shard(shard.index, encode_rows(model, store, rows, options=options, bar=bar))
-        return CacheBuild(writer.finish(), total)
+        cache = writer.finish()
+    if options.token_counts and "tokens" not in stored_sides(cache):
+        if store is None:
+            store = _tokens_of(model, texts, given=tokens, plan=plan, path=path, progress=options.progress)
+        save_counts(cache, _counts_of(model, store), details=_count_details(plan.fingerprint))
+    return CacheBuild(cache, total)
+
+
+def update_cache(
+    model: DualEncoderModel, corpus: Dataset, path: Path, *, options: EncodeOptions | None = None,
+    trust_ids: bool = False,
+) -> CacheBuild:  # fmt: skip
+    """Make a cache follow its corpus: encode what is new or changed, drop what is gone, keep the rest as it is.
+
+    Rows are those of the corpus again afterwards. Correctors fitted before stay right, as all vectors come from the
+    same encoder. An update that was killed leaves the cache as it was, and is gone on with by the same call.
+
+    Args:
+        model: The encoder that made the cache.
+        corpus: Targets with columns ``id`` and ``text``; those that stay have their old order among each other.
+        path: Folder of the cache.
+        options: How to encode; the stored type stays that of the cache.
+        trust_ids: Take a target for unchanged if its id is, where the cache does not know its texts.
+
+    Raises:
+        CacheMismatchError: If another encoder made the cache, or its texts are not known and ids are not to be trusted.
+        DataError: If targets that stay were put into another order; names two of them.
+    """
+    options, cache = EncodeOptions() if options is None else options, TargetCache.open(path)
+    made_by = model.fingerprint("target", compute_dtype=options.compute_dtype)
+    check_fingerprint(str(path), expected=made_by, got=cache.fingerprint)
+    ids, texts = column(corpus, "id"), column(corpus, "text")
+    hashes = hash_texts(texts)
+    sources = _sources(cache, corpus, ids=ids, hashes=hashes, trust_ids=trust_ids)
+    kept = int((sources >= 0).sum())
+    if texts_hash(corpus) == cache.texts_hash and kept == len(sources) == len(cache):
+        return CacheBuild(cache, 0)
+    edit = CacheEdit(
+        ids=ids, sources=sources, texts_hash=texts_hash(corpus), text_hashes=hashes, shard_rows=options.shard_rows
+    )
+    new, encoded, counts = edit.new_rows, 0, None
+    with CacheEditor(cache, edit) as editor:
+        if len(new):
+            added = [texts[row] for row in new.tolist()]
+            store = tokenize_texts(
+                model, added, "target", editor.work_folder / TOKENS_FOLDER, progress=options.progress
+            )
+            pending = editor.pending_shards()
+            encoded = sum(shard.rows for shard in pending)
+            with tqdm(total=encoded, desc="encode targets", unit="text", disable=not options.progress) as bar:
+                for shard in pending:
+                    rows = np.arange(shard.start, shard.stop)
+                    editor.write_shard(shard.index, encode_rows(model, store, rows, options=options, bar=bar))
+            if "tokens" in stored_sides(cache):
+                counts = _count_rows(model, store, np.arange(len(store)), like=cache)
+        updated = editor.finish(counts=counts)
+    shutil.rmtree(path / TOKENS_FOLDER, ignore_errors=True)  # of the corpus as it was; made again when needed
+    return CacheBuild(updated, encoded, deleted=len(cache) - kept)
+
+
+def _sources(
+    cache: TargetCache, corpus: Dataset, *, ids: Sequence[str], hashes: np.ndarray, trust_ids: bool
+) -> np.ndarray:
+    """Return the row each target has in the cache, -1 for new and changed ones, ``(targets,)`` int64."""
+    sources = cache.ids.find(ids)
+    if cache.text_hashes is not None:
+        found = sources >= 0
+        changed = cache.text_hashes[sources[found]] != hashes[found]
+        sources[np.flatnonzero(found)[changed]] = -1
+    elif not trust_ids and not _begins_with(cache, corpus):
+        raise CacheMismatchError(
+            str(cache.path), expected="a cache that knows the texts of its rows, to see which have changed",
+            got="one that knows their ids only",
+            cure="Say with --trust_ids that targets with an old id have their old text, or build the cache again.",
+        )  # fmt: skip
+    kept = sources[sources >= 0]
+    wrong = np.flatnonzero(np.diff(kept) < 0)
+    if len(wrong):
+        first, second = (cache.ids[int(row)] for row in kept[wrong[0] : wrong[0] + 2])
+        raise DataError(
+            "corpus", expected="old targets in their old order", got=f"{first!r} before {second!r}",
+            cure="Leave them in the order of the cache and put new ones anywhere, or build another cache.",
+        )  # fmt: skip
+    return sources
+
+
+def _begins_with(cache: TargetCache, corpus: Dataset) -> bool:
+    """Say whether the first targets of a corpus are those of the cache, with their texts."""
+    return len(corpus) >= len(cache) and texts_hash(corpus.select(range(len(cache)))) == cache.texts_hash
+
+
+def _counts_of(model: DualEncoderModel, store: TokenStore) -> Iterator[TokenCounts]:
+    """Count the tokens of some targets at a time."""
+    for start in range(0, len(store), _COUNTED_ROWS):
+        yield _count_rows(model, store, np.arange(start, min(start + _COUNTED_ROWS, len(store))))
+
+
+def _count_rows(
+    model: DualEncoderModel, store: TokenStore, rows: np.ndarray, *, like: TargetCache | None = None
+) -> TokenCounts:
+    vocabulary = model.target_vocabulary
+    if like is None:
+        return TokenCounts.from_lists(store.tokens(rows), vocabulary=vocabulary)
+    stored = open_side(like, "tokens")
+    buckets = stored.width - stored.vocabulary if isinstance(stored, TokenCounts) else 0
+    return TokenCounts.from_lists(store.tokens(rows), vocabulary=vocabulary, bigram_buckets=buckets)
+
+
+def _count_details(made_by: EncoderFingerprint) -> dict[str, str | int]:
+    """Return what decides the tokens of a text."""
+    return {"tokenizer": made_by.tokenizer, "prompt": made_by.prompt, "max_length": made_by.max_length}
 
 
 def _tokens_of(

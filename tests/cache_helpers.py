@@ -94,7 +94,7 @@ def forge(folder: Path, file: str, data: bytes) -> None:
 def child(target: Callable[..., None], *args: Any) -> ForkServerProcess:
     """Start ``target`` in a process that has this package imported already, and no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_corrector.cache"])
+    context.set_forkserver_preload(["hf_corrector.cache", "edit_helpers"])
     process = context.Process(target=target, args=args)
     process.start()
     return process

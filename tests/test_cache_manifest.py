@@ -12,6 +12,7 @@ from cache_helpers import FINGERPRINT, build, make_plan, make_vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_corrector._files import xxh3
 from hf_corrector.cache import CacheManifest, TargetCache
 from hf_corrector.cache.manifest import check_fingerprint
 from hf_corrector.cache.sealed import seal, unseal
@@ -30,7 +31,7 @@ def entry(file: str, rows: int, row0: int, size: int) -> dict[str, Any]:
 def manifest_dict() -> dict[str, Any]:
     return {
         "format_version": 1, "generation": 0, "rows": 6, "dim": 4, "dtype": "float32",
-        "fingerprint": FINGERPRINT.__dict__, "texts_hash": "t", "ids_hash": "i", "shard_rows": 4, "created": 1,
+        "fingerprint": FINGERPRINT.to_dict(), "texts_hash": "t", "ids_hash": "i", "shard_rows": 4, "created": 1,
         "writer_version": "0",
         "shards": [entry("emb-0.safetensors", 4, 0, 4096 + 64), entry("emb-1.safetensors", 2, 4, 4096 + 32)],
         "ids": entry("ids.safetensors", 6, 0, 4096 + 56 + 60),
@@ -105,9 +106,9 @@ def test_a_correct_checksum_does_not_excuse_a_duplicate_key(tmp_path: Path) -> N
 
 def test_another_format_version_is_refused_as_such(tmp_path: Path) -> None:
     with pytest.raises(
-        CacheError, match=r"format_version 1; got format_version 2\. Open it with the version"
+        CacheError, match=r"format_version 1 or 2; got format_version 3\. Open it with the version"
     ) as caught:
-        CacheManifest.load(write(tmp_path, changed("format_version", 2)))
+        CacheManifest.load(write(tmp_path, changed("format_version", 3)))
     assert not isinstance(caught.value, CacheCorruptedError)
 
 
@@ -211,3 +212,15 @@ def test_encoders_that_differ_are_both_named_with_the_fields(tmp_path: Path) -> 
 def test_the_name_of_an_encoder_alone_is_no_difference() -> None:
     other = replace(FINGERPRINT, name="a/copy", revision="another")
     check_fingerprint("cache", expected=other, got=FINGERPRINT)
+
+
+def test_the_checksum_of_a_manifest_is_that_of_its_file_in_either_format(tmp_path: Path) -> None:
+    """A corrector notes it: reading a manifest of an earlier version must not give it another."""
+    build(tmp_path, make_plan(), make_vectors())
+    plain = CacheManifest.load(tmp_path)
+    assert not {"texts", "places", "ancestors"} & json.loads((tmp_path / "manifest.json").read_text()).keys()
+    for manifest in (plain, replace(plain, ancestors=("a" * 16,))):
+        manifest.save(tmp_path)
+        loaded = CacheManifest.load(tmp_path)
+        assert loaded == manifest
+        assert loaded.checksum == xxh3((tmp_path / "manifest.json").read_bytes())

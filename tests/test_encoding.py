@@ -8,10 +8,23 @@ from datasets import Dataset
 from model_helpers import HIDDEN, TEXTS
 
 from hf_corrector.cache import TargetCache
+from hf_corrector.cache.row_files import hash_texts
+from hf_corrector.cache.side_store import open_side, save_side, side_details, stored_sides
 from hf_corrector.data.retrieval import texts_hash
-from hf_corrector.encoding import TOKENS_FOLDER, CacheBuild, EncodeOptions, build_cache, encode_rows, tokenize_texts
-from hf_corrector.errors import CacheMismatchError
+from hf_corrector.encoding import (
+    TOKENS_FOLDER,
+    CacheBuild,
+    EncodeOptions,
+    build_cache,
+    encode_rows,
+    tokenize_texts,
+    update_cache,
+)
+from hf_corrector.errors import CacheMismatchError, DataError
 from hf_corrector.models import DualEncoderModel
+from hf_corrector.side_features import DenseSide, TokenCounts
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
 
 def corpus(texts: list[str] = TEXTS) -> Dataset:
@@ -174,3 +187,125 @@ def test_some_rows_are_encoded_in_the_order_asked_for(tiny_model: DualEncoderMod
     found = encode_rows(tiny_model, tokens, np.array([9, 2, 9]), options=options())
     assert torch.allclose(found, tiny_model.encode_target([TEXTS[9], TEXTS[2], TEXTS[9]]), atol=1e-6)
     assert torch.equal(found[0], found[2])
+
+
+def test_a_cache_knows_the_tokens_and_the_text_of_every_row(tiny_model: DualEncoderModel, tmp_path: Path) -> None:
+    cache = build(tiny_model, tmp_path).cache
+    found = open_side(cache, "tokens", verify="full")
+    vocabulary = tiny_model.config.encoder.vocab_size
+    expected = TokenCounts.from_lists(tiny_model.tokenize(TEXTS, "target"), vocabulary=vocabulary)
+    assert isinstance(found, TokenCounts) and (found.vocabulary, found.width) == (vocabulary, expected.width)
+    assert torch.equal(found.read(0, 16).to_dense(), expected.read(0, 16).to_dense())
+    assert side_details(cache, "tokens")["tokenizer"] == tiny_model.fingerprint("target").tokenizer
+    assert cache.text_hashes is not None and cache.text_hashes.tolist() == hash_texts(TEXTS).tolist()
+
+
+def test_token_counts_are_left_out_if_not_wanted_and_added_by_a_later_call(
+    tiny_model: DualEncoderModel, tmp_path: Path
+) -> None:
+    cache = build(tiny_model, tmp_path, token_counts=False).cache
+    assert stored_sides(cache) == ()
+    again = build(tiny_model, tmp_path)
+    assert again.encoded == 0 and stored_sides(again.cache) == ("tokens",)
+
+
+# ------------------------------------------------------------------------------ updates
+
+
+def other_corpus(changes: dict[str, str | None], added: dict[str, str], *, first: str | None = None) -> Dataset:
+    """Return the corpus with texts changed, targets (None) gone, and new ones after the target ``first``."""
+    ids: list[str] = []
+    texts: list[str] = []
+    for name, text in zip(corpus()["id"][:], TEXTS, strict=True):
+        now = changes.get(name, text)
+        if now is not None:
+            ids, texts = [*ids, name], [*texts, now]
+        if name == (first or f"target-{len(TEXTS) - 1}"):
+            ids, texts = [*ids, *added], [*texts, *added.values()]
+    return Dataset.from_dict({"id": ids, "text": texts, "metadata": ["{}"] * len(ids)})
+
+
+def update(model: DualEncoderModel, path: Path, now: Dataset, **changes: Any) -> CacheBuild:
+    trust_ids = changes.pop("trust_ids", False)
+    return update_cache(model, now, path, options=options(**changes), trust_ids=trust_ids)
+
+
+@pytest.mark.parametrize("first", [None, "target-4"])
+def test_an_update_encodes_only_what_is_new_or_changed(
+    tiny_model: DualEncoderModel, first: str | None, tmp_path: Path
+) -> None:
+    build(tiny_model, tmp_path / "cache")
+    shards = {path.name: path.stat().st_ino for path in (tmp_path / "cache").glob("emb-*")}
+    now = other_corpus({"target-3": None, "target-7": "disk space is low"}, {"x": "ping", "y": "list"}, first=first)
+    seen = count_texts(tiny_model)
+    updated = update(tiny_model, tmp_path / "cache", now, shard_rows=2)
+    assert (updated.encoded, updated.deleted, sum(seen)) == (3, 2, 3)
+    whole = build_cache(tiny_model, now, tmp_path / "whole", options=options()).cache
+    assert list(updated.cache.ids) == list(whole.ids) == now["id"][:]
+    assert torch.allclose(updated.cache.read(0, 17), whole.read(0, 17), atol=1e-6)
+    assert updated.cache.texts_hash == whole.texts_hash == texts_hash(now)
+    assert {name: (tmp_path / "cache" / name).stat().st_ino for name in shards} == shards
+    mine, theirs = (open_side(one, "tokens", verify="full").read(0, 17).to_dense() for one in (updated.cache, whole))
+    assert torch.equal(mine, theirs)
+    updated.cache.verify()
+
+
+def test_an_update_with_nothing_to_do_does_nothing(tiny_model: DualEncoderModel, tmp_path: Path) -> None:
+    cache = build(tiny_model, tmp_path).cache
+    seen = count_texts(tiny_model)
+    again = update(tiny_model, tmp_path, corpus())
+    assert (again.encoded, again.deleted, seen) == (0, 0, [])
+    assert again.cache.manifest == cache.manifest
+    now = other_corpus({"target-0": None}, {})
+    assert update(tiny_model, tmp_path, now).deleted == 1
+    built = build_cache(tiny_model, now, tmp_path, options=options())
+    assert built.encoded == 0 and seen == []  # a build recognises the updated cache
+
+
+def test_kept_targets_in_another_order_are_refused_naming_two(tiny_model: DualEncoderModel, tmp_path: Path) -> None:
+    cache = build(tiny_model, tmp_path).cache
+    order = [0, 1, 3, 2, *range(4, 16)]
+    with pytest.raises(DataError, match="old order; got 'target-3' before 'target-2'"):
+        update(tiny_model, tmp_path, corpus().select(order))
+    assert TargetCache.open(tmp_path).manifest == cache.manifest
+
+
+def test_an_update_by_another_encoder_is_refused(tiny_encoder: str, tmp_path: Path) -> None:
+    build(DualEncoderModel.from_encoder(tiny_encoder), tmp_path)
+    other = DualEncoderModel.from_encoder(tiny_encoder, target_prompt="page: ")
+    with pytest.raises(CacheMismatchError, match="prompt"):
+        update(other, tmp_path, other_corpus({}, {"x": "ping"}))
+
+
+def test_a_cache_without_texts_is_updated_only_where_nothing_is_guessed(
+    tiny_model: DualEncoderModel, tmp_path: Path
+) -> None:
+    fingerprint, vectors = tiny_model.fingerprint("target"), tiny_model.encode_target(TEXTS)
+    TargetCache.from_arrays(tmp_path, vectors, corpus()["id"][:], fingerprint=fingerprint)
+    now = other_corpus({}, {"x": "ping"})
+    with pytest.raises(CacheMismatchError, match="--trust_ids"):
+        update(tiny_model, tmp_path, now)
+    updated = update(tiny_model, tmp_path, now, trust_ids=True)
+    assert updated.encoded == 1 and updated.cache.text_hashes is not None
+    later = other_corpus({"target-2": "changed"}, {"x": "ping"})
+    assert update(tiny_model, tmp_path, later).encoded == 1  # it knows the texts now
+
+
+def test_an_interrupted_update_leaves_the_old_cache_and_is_gone_on_with(tiny_encoder: str, tmp_path: Path) -> None:
+    first = DualEncoderModel.from_encoder(tiny_encoder)
+    old = build(first, tmp_path).cache
+    now = other_corpus({"target-0": None}, {f"new-{text}": text for text in TEXTS})
+    interrupted = DualEncoderModel.from_encoder(tiny_encoder)
+    count_texts(interrupted, stop_after=7)
+    with pytest.raises(KeyboardInterrupt):
+        update(interrupted, tmp_path, now, token_budget=10)
+    assert TargetCache.open(tmp_path, verify="full").manifest == old.manifest
+    resumed = update(DualEncoderModel.from_encoder(tiny_encoder), tmp_path, now, token_budget=10)
+    assert (resumed.encoded, resumed.deleted, len(resumed.cache)) == (11, 1, 31)
+
+
+def test_an_update_drops_side_features_it_cannot_know(tiny_model: DualEncoderModel, tmp_path: Path) -> None:
+    cache = build(tiny_model, tmp_path).cache
+    save_side(cache, DenseSide(torch.ones(16, 2)))
+    updated = update(tiny_model, tmp_path, other_corpus({}, {"x": "ping"}))
+    assert stored_sides(updated.cache) == ("tokens",)

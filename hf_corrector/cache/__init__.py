@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from hf_corrector.cache.entries import ShardEntry, ShardRange
 from hf_corrector.cache.ids import PackedIds
-from hf_corrector.cache.manifest import CacheManifest, PlanRecord, ShardEntry, ShardRange
+from hf_corrector.cache.manifest import CacheManifest, PlanRecord
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cache.writer import CachePlan, CacheWriter, default_shard_rows
 

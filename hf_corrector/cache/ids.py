@@ -103,19 +103,25 @@ class PackedIds(Sequence[str]):
         Raises:
             DataError: If an id is not there.
         """
+        names = ids if isinstance(ids, Sequence) else list(ids)
+        found = self.find(names)
+        missing = np.flatnonzero(found < 0)
+        if len(missing):
+            raise DataError(
+                "ids", expected=f"ids among the {len(self)} of the cache", got=repr(names[int(missing[0])]),
+                cure="Check that the queries' judgements and the cache belong to the same corpus.",
+            )  # fmt: skip
+        return found
+
+    def find(self, ids: Iterable[str]) -> npt.NDArray[np.int64]:
+        """Look up the rows of ids ``(n,)``, -1 for those that are not there; see :meth:`rows_of`."""
         _refuse_string(ids)
         encoded = [_encoded(name, place) for place, name in enumerate(ids)]
         hashes, rows = self._hashed()
         wanted = np.fromiter((self._hash_bytes(memoryview(name)) for name in encoded), dtype=np.uint64)
         first = np.searchsorted(hashes, wanted).tolist()
-        found = [self._match(name, place, hashes, rows) for name, place in zip(encoded, first, strict=True)]
-        if None in found:
-            name = encoded[found.index(None)].decode()
-            raise DataError(
-                "ids", expected=f"ids among the {len(self)} of the cache", got=repr(name),
-                cure="Check that the queries' judgements and the cache belong to the same corpus.",
-            )  # fmt: skip
-        return np.array(found, dtype=np.int64)
+        found = (self._match(name, place, hashes, rows) for name, place in zip(encoded, first, strict=True))
+        return np.fromiter(found, dtype=np.int64, count=len(encoded))
 
     def first_duplicate(self) -> tuple[int, int] | None:
         """Return the rows of the first id that stands there twice."""
@@ -165,18 +171,16 @@ class PackedIds(Sequence[str]):
             self._lookup = hashes[rows], rows
         return self._lookup
 
-    def _match(
-        self, name: bytes, place: int, hashes: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64]
-    ) -> int | None:
+    def _match(self, name: bytes, place: int, hashes: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64]) -> int:
         if place == len(hashes):
-            return None
+            return -1
         wanted = hashes[place]
         while place < len(hashes) and hashes[place] == wanted:
             row = int(rows[place])
             if self._bytes(row) == name:
                 return row
             place += 1
-        return None
+        return -1
 
 
 def _decoded(piece: bytes | memoryview, row: int) -> str:

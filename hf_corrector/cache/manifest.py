@@ -8,7 +8,8 @@ A finished folder of generation 0 holds exactly::
     ids.g0.safetensors                         ``offsets`` (rows + 1,) and ``bytes``: the string ids
 
 While it is being built there are also ``plan.json``, ``LOCK`` and one sidecar ``*.json`` per finished file. All these
-JSON files are sealed, see :mod:`hf_corrector.cache.sealed`.
+JSON files are sealed, see :mod:`hf_corrector.cache.sealed`. There may be ``texts.g0.safetensors``, a hash of each row's
+text, and in an edited cache ``places.g1.safetensors``, which says where in the shards each row stands.
 """
 
 from __future__ import annotations
@@ -16,114 +17,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-import torch
-
-from hf_corrector._files import safe_child, xxh3
-from hf_corrector.cache.sealed import FORMAT_VERSION, REBUILD, read_sealed, seal, write_sealed
-from hf_corrector.errors import (
-    CacheCorruptedError,
-    CacheError,
-    CacheIncompleteError,
-    CacheMismatchError,
-    ConfigurationError,
-    InputError,
-)
-from hf_corrector.records import EncoderFingerprint, checked_fields
+from hf_corrector._files import xxh3
+from hf_corrector.cache.entries import DATA_START, DTYPES, ShardEntry, ShardRange, require, typed_fields
+from hf_corrector.cache.sealed import EXTENDED_VERSION, FORMAT_VERSION, REBUILD, read_sealed, seal, write_sealed
+from hf_corrector.errors import CacheCorruptedError, CacheIncompleteError, CacheMismatchError, InputError
+from hf_corrector.records import EncoderFingerprint
 from hf_corrector.version import __version__
 
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "plan.json"
-DATA_START = 4096  # bytes; one page, so that rows are aligned for any dtype and for direct I/O
-BLOCK_BYTES = 256 * 1024
-
-
-class StoredDtype(NamedTuple):
-    """How a row element is stored: the code safetensors uses for it, its torch dtype and its size in bytes."""
-
-    code: str
-    torch: torch.dtype
-    bytes: int
-
-
-DTYPES = {
-    "float32": StoredDtype("F32", torch.float32, 4),
-    "bfloat16": StoredDtype("BF16", torch.bfloat16, 2),
-    "float16": StoredDtype("F16", torch.float16, 2),
-}
-
-
-@dataclass(frozen=True)
-class ShardRange:
-    """Rows ``start`` to ``stop`` (exclusive) make up shard ``index``."""
-
-    index: int
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> int:
-        """How many they are."""
-        return self.stop - self.start
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One checksummed file of a cache.
-
-    Attributes:
-        file: Plain file name.
-        rows: Rows it holds.
-        row0: Row number of its first row in the cache.
-        bytes: Size of the whole file.
-        header_xxh3: Hash of the bytes before the data.
-        block_bytes: Length of one checksummed block.
-        block_xxh3: Hash of each block of the whole file, header included; the last block may be shorter.
-    """
-
-    file: str
-    rows: int
-    row0: int
-    bytes: int
-    header_xxh3: str
-    block_bytes: int
-    block_xxh3: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values; the block hashes are joined, as a list of 10^5 lines would bury the rest of the file."""
-        return {**self.__dict__, "block_xxh3": "".join(self.block_xxh3)}
-
-    @classmethod
-    def from_dict(cls, value: Any, *, where: str) -> Self:
-        """Rebuild from :meth:`to_dict`.
-
-        Raises:
-            CacheCorruptedError: If the values cannot describe a file.
-        """
-        value = _typed_fields(cls, value, where=where)
-        name, joined, blocks = value["file"], value["block_xxh3"], -(-value["bytes"] // max(value["block_bytes"], 1))
-        try:
-            safe_child(Path(), name)
-        except InputError as error:
-            raise CacheError(where, expected=error.expected, got=error.got, cure=error.cure) from error
-        _require(name.endswith(".safetensors"), where, expected="files named *.safetensors", got=repr(name))
-        _require(value["rows"] >= 1 and value["row0"] >= 0, where, expected=f"rows in {name}", got=str(value["rows"]))
-        _require(
-            DATA_START <= value["block_bytes"] <= 2**30, where,
-            expected=f"blocks of {DATA_START} bytes to 1 GiB", got=f"{value['block_bytes']} bytes",
-        )  # fmt: skip
-        _require(
-            value["bytes"] > DATA_START and len(joined) == 16 * blocks, where,
-            expected=f"16 hexadecimal digits for each of the {blocks} blocks of {name}", got=f"{len(joined)} digits",
-        )  # fmt: skip
-        hashes = tuple(joined[start : start + 16] for start in range(0, len(joined), 16))
-        return cls(**{**value, "block_xxh3": hashes})
-
-    @property
-    def range_text(self) -> str:
-        """Name the file and its rows, for error messages."""
-        return f"{self.file}, rows {self.row0} to {self.row0 + self.rows - 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +83,7 @@ class PlanRecord:
 
     def differences(self, other: PlanRecord) -> list[str]:
         """Name what differs, as ``"dim: 64 / 128"``; the encoder's name is not compared, see its fingerprint."""
-        names = [item.name for item in fields(PlanRecord) if item.name != "fingerprint"]
+        names = [item.name for item in fields(PlanRecord) if item.name not in ("fingerprint", "format_version")]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         plain = [f"{name}: {mine!r} / {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
         return [*self.fingerprint.differences(other.fingerprint), *plain]
@@ -190,7 +94,7 @@ class PlanRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return asdict(self)
+        return {**asdict(self), "fingerprint": self.fingerprint.to_dict()}
 
     @classmethod
     def from_dict(cls, value: Any, *, where: str) -> Self:
@@ -199,11 +103,11 @@ class PlanRecord:
         Raises:
             CacheCorruptedError: If the values cannot describe a cache.
         """
-        value = _typed_fields(cls, value, where=where)
+        value = typed_fields(cls, value, where=where)
         for name in ("rows", "dim", "shard_rows"):
-            _require(value[name] >= 1, where, expected=f"{name} of 1 or more", got=str(value[name]))
-        _require(value["generation"] >= 0, where, expected="a generation of 0 or more", got=str(value["generation"]))
-        _require(value["dtype"] in DTYPES, where, expected=f"a dtype out of {sorted(DTYPES)}", got=repr(value["dtype"]))
+            require(value[name] >= 1, where, expected=f"{name} of 1 or more", got=str(value[name]))
+        require(value["generation"] >= 0, where, expected="a generation of 0 or more", got=str(value["generation"]))
+        require(value["dtype"] in DTYPES, where, expected=f"a dtype out of {sorted(DTYPES)}", got=repr(value["dtype"]))
         return cls(**{**value, "fingerprint": _fingerprint(value["fingerprint"], where)})
 
 
@@ -215,27 +119,58 @@ class CacheManifest(PlanRecord):
     """Everything there is to know of a finished cache without reading its vectors.
 
     Attributes:
-        shards: The files of vectors, in row order.
+        shards: The files of vectors; what they store is numbered through, in their order.
         ids: The file of ids.
         created: Unix time at which the build was finished, in seconds.
         writer_version: Version of this package that wrote it.
+        texts: The file with a hash of each row's text, if texts were known.
+        places: The file that says which stored row each row is, in a cache that was edited; else they are the same.
+        ancestors: Checksums of the manifests this one was edited from, the oldest first.
     """
 
     shards: tuple[ShardEntry, ...]
     ids: ShardEntry
     created: int
     writer_version: str = __version__
+    texts: ShardEntry | None = None
+    places: ShardEntry | None = None
+    ancestors: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Take the format version that older readers need to see."""
+        extended = bool(self.texts or self.places or self.ancestors)
+        object.__setattr__(self, "format_version", EXTENDED_VERSION if extended else FORMAT_VERSION)
 
     @property
     def checksum(self) -> str:
         """Hash of the whole manifest, checksums of all files included."""
         return xxh3(seal(self.to_dict()))
 
+    @property
+    def lineage(self) -> tuple[str, ...]:
+        """Checksums of this cache and of those it was edited from: all hold vectors of one encoder."""
+        return (*self.ancestors, self.checksum)
+
+    @property
+    def files(self) -> tuple[ShardEntry, ...]:
+        """All files it names."""
+        return (*self.shards, *(entry for entry in (self.ids, self.texts, self.places) if entry is not None))
+
+    @property
+    def stored_rows(self) -> int:
+        """How many rows the shards hold, deleted ones included."""
+        return sum(entry.rows for entry in self.shards)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return JSON values; what a cache does not have is left out."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         files = {"shards": [entry.to_dict() for entry in self.shards], "ids": self.ids.to_dict()}
-        return {**plain, "fingerprint": asdict(self.fingerprint), **files}
+        optional = {name: plain.pop(name) for name in ("texts", "places")}
+        files |= {name: entry.to_dict() for name, entry in optional.items() if entry is not None}
+        ancestors = plain.pop("ancestors")
+        if ancestors:
+            plain["ancestors"] = list(ancestors)
+        return {**plain, "fingerprint": self.fingerprint.to_dict(), **files}
 
     @classmethod
     def from_dict(cls, value: Any, *, where: str = MANIFEST_FILE) -> Self:
@@ -245,12 +180,16 @@ class CacheManifest(PlanRecord):
             CacheCorruptedError: If the values contradict each other.
             CacheError: If a file name could lead out of the folder.
         """
-        value = _typed_fields(cls, value, where=where)
+        value = typed_fields(cls, value, where=where)
         shards = tuple(ShardEntry.from_dict(item, where=where) for item in value["shards"])
-        ids = ShardEntry.from_dict(value["ids"], where=where)
+        named = ("ids", *(name for name in ("texts", "places") if name in value))
+        files = {name: ShardEntry.from_dict(value[name], where=where) for name in named}
         plan = PlanRecord.from_dict({key: value[key] for key in _PLAN_KEYS & value.keys()}, where=where)
-        _check_tiling(plan, shards, ids, where)
-        return cls(**{**value, "shards": shards, "ids": ids, "fingerprint": plan.fingerprint})
+        ancestors = tuple(value.get("ancestors", ()))
+        require(all(isinstance(one, str) for one in ancestors), where, expected="checksums", got=str(ancestors))
+        _check_tiling(plan, shards, files, where)
+        rest = {"shards": shards, "ancestors": ancestors, "fingerprint": plan.fingerprint}
+        return cls(**{**value, **files, **rest})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -269,17 +208,6 @@ class CacheManifest(PlanRecord):
     def save(self, folder: Path) -> None:
         """Write ``manifest.json`` into ``folder`` durably."""
         write_sealed(folder / MANIFEST_FILE, self.to_dict())
-
-
-def stored_dtype(name: str) -> StoredDtype:
-    """Look up a dtype by name.
-
-    Raises:
-        ConfigurationError: If vectors cannot be stored in it.
-    """
-    if name not in DTYPES:
-        raise ConfigurationError("dtype", expected=f"one of {list(DTYPES)}", got=repr(name), cure="Choose one of them.")
-    return DTYPES[name]
 
 
 def describe_encoder(fingerprint: EncoderFingerprint) -> str:
@@ -303,24 +231,30 @@ def check_fingerprint(where: str, *, expected: EncoderFingerprint, got: EncoderF
         )  # fmt: skip
 
 
-def _check_tiling(plan: PlanRecord, shards: tuple[ShardEntry, ...], ids: ShardEntry, where: str) -> None:
-    names = [entry.file for entry in (*shards, ids)]
-    _require(len(set(names)) == len(names), where, expected="every file named once", got=f"{sorted(names)}")
+def _check_tiling(plan: PlanRecord, shards: tuple[ShardEntry, ...], files: dict[str, ShardEntry], where: str) -> None:
+    entries = (*shards, *files.values())
+    names = [entry.file for entry in entries]
+    require(len(set(names)) == len(names), where, expected="every file named once", got=f"{sorted(names)}")
+    stored = sum(entry.rows for entry in shards) if "places" in files else plan.rows
     ends = [0, *(entry.row0 + entry.rows for entry in shards)]
-    starts = [*(entry.row0 for entry in shards), plan.rows]
-    _require(ends == starts, where, expected=f"shards that tile {plan.rows} rows", got=f"starts {starts[:-1]}")
+    starts = [*(entry.row0 for entry in shards), stored]
+    require(ends == starts, where, expected=f"shards that tile {stored} rows", got=f"starts {starts[:-1]}")
     for entry in shards:
         size = DATA_START + entry.rows * plan.row_bytes
-        _require(entry.bytes == size, where, expected=f"{size} bytes in {entry.file}", got=f"{entry.bytes} bytes")
-    least = DATA_START + 8 * (plan.rows + 1) + plan.rows
-    _require(
+        require(entry.bytes == size, where, expected=f"{size} bytes in {entry.file}", got=f"{entry.bytes} bytes")
+    ids, least = files["ids"], DATA_START + 8 * (plan.rows + 1) + plan.rows
+    require(
         ids.rows == plan.rows and ids.row0 == 0 and ids.bytes >= least, where,
         expected=f"{plan.rows} ids in {least} bytes or more", got=f"{ids.rows} ids in {ids.bytes} bytes",
     )  # fmt: skip
-    _require(
-        len({entry.block_bytes for entry in (*shards, ids)}) == 1, where,
-        expected="one block length", got="several",
-    )  # fmt: skip
+    for name in files.keys() - {"ids"}:
+        entry, size = files[name], DATA_START + 8 * plan.rows
+        require(
+            entry.rows == plan.rows and entry.row0 == 0 and entry.bytes == size, where,
+            expected=f"{plan.rows} {name} in {size} bytes", got=f"{entry.rows} in {entry.bytes} bytes",
+        )  # fmt: skip
+    lengths = {entry.block_bytes for entry in entries}
+    require(len(lengths) == 1, where, expected="one block length", got="several")
 
 
 def _no_manifest(folder: Path) -> CacheIncompleteError:
@@ -339,25 +273,5 @@ def _fingerprint(value: Any, where: str) -> EncoderFingerprint:
         found = EncoderFingerprint.from_dict(value)
     except InputError as error:
         raise CacheCorruptedError(where, expected=error.expected, got=error.got, cure=REBUILD) from error
-    _require(isinstance(found.normalize, bool), where, expected="true or false", got=repr(found.normalize))
+    require(isinstance(found.normalize, bool), where, expected="true or false", got=repr(found.normalize))
     return found
-
-
-def _typed_fields(cls: type[Any], value: Any, *, where: str) -> dict[str, Any]:
-    """Return the fields of the dataclass ``cls``, each of the JSON type its annotation stands for."""
-    try:
-        found = checked_fields(cls, value, where=where)
-    except InputError as error:
-        raise CacheCorruptedError(where, expected=error.expected, got=error.got, cure=REBUILD) from error
-    kinds = {"int": int, "str": str, "tuple[str, ...]": str, "tuple[ShardEntry, ...]": list}
-    for item in fields(cls):
-        kind = kinds.get(str(item.type), dict)
-        got = type(found.get(item.name, item.default))
-        # A bool is an int to isinstance, but "rows": true is no number of rows.
-        _require(got is kind, where, expected=f"{item.name} to be of type {kind.__name__}", got=got.__name__)
-    return dict(found)
-
-
-def _require(condition: bool, where: str, *, expected: str, got: str) -> None:
-    if not condition:
-        raise CacheCorruptedError(where, expected=expected, got=got, cure=REBUILD)

@@ -13,6 +13,8 @@ from hf_corrector._files import atomic_write, parse_json, read_bounded, xxh3
 from hf_corrector.errors import CacheCorruptedError, CacheError, InputError
 
 FORMAT_VERSION = 1
+# Version 2 names more files (hashes of texts, edited rows) or what a cache was edited from; else the two are the same.
+EXTENDED_VERSION = 2
 REBUILD = "Restore the file from its source, or delete the folder and build the cache again."
 
 
@@ -40,9 +42,9 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
     if not intact:
         raise CacheCorruptedError(where, expected="content that agrees with its checksum", got=str(got), cure=REBUILD)
     version = content.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version not in (FORMAT_VERSION, EXTENDED_VERSION) or isinstance(version, bool):
         raise CacheError(
-            where, expected=f"format_version {FORMAT_VERSION}", got=f"format_version {version!r}",
+            where, expected=f"format_version {FORMAT_VERSION} or {EXTENDED_VERSION}", got=f"format_version {version!r}",
             cure="Open it with the version of hf_corrector that wrote it, or build the cache again.",
         )  # fmt: skip
     return dict(content)

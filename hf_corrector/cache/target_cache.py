@@ -11,13 +11,16 @@ import numpy.typing as npt
 import torch
 from tqdm.auto import tqdm
 
+from hf_corrector.cache.entries import DATA_START, DTYPES, ShardEntry
 from hf_corrector.cache.ids import PackedIds
-from hf_corrector.cache.manifest import DATA_START, DTYPES, CacheManifest, PlanRecord, ShardEntry, check_fingerprint
+from hf_corrector.cache.manifest import CacheManifest, PlanRecord, check_fingerprint
+from hf_corrector.cache.row_files import map_rows, runs
 from hf_corrector.cache.shard_files import TensorSpec, check_blocks, corrupted, first_bad_row, map_file, tensor_of
-from hf_corrector.errors import CacheMismatchError, ConfigurationError
+from hf_corrector.errors import CacheCorruptedError, CacheMismatchError, ConfigurationError
 from hf_corrector.records import EncoderFingerprint
 
 _CHECKED_BYTES = 16 * 2**20
+_MOST_RUNS = 64  # beyond it one gathering of rows is faster than joining the ranges between deleted rows
 
 Vectors = torch.Tensor | npt.NDArray[Any]
 Rows = torch.Tensor | npt.NDArray[np.integer[Any]]
@@ -25,6 +28,8 @@ Rows = torch.Tensor | npt.NDArray[np.integer[Any]]
 
 class TargetCache:
     """An immutable array of target embeddings ``(rows, dim)`` with an id for every row.
+
+    An edit of the folder makes another generation of the cache there; an open cache goes on showing the one it opened.
 
     Make one with :meth:`open` or :meth:`from_arrays`. It holds one file descriptor per shard. Pickling it sends its
     path: the other process opens the folder again and makes sure that it is the same cache.
@@ -39,6 +44,8 @@ class TargetCache:
     def __init__(self, path: Path, manifest: CacheManifest, *, shards: list[torch.Tensor], ids: PackedIds) -> None:
         self.path, self.manifest, self.ids = path, manifest, ids
         self._shards = shards
+        self._places = None if manifest.places is None else map_rows(path, manifest.places, "places")
+        self._texts = None if manifest.texts is None else map_rows(path, manifest.texts, "texts")
         self._starts = np.array([entry.row0 for entry in manifest.shards], dtype=np.int64)
 
     @classmethod
@@ -65,14 +72,21 @@ class TargetCache:
         if verify not in ("sizes", "full"):
             raise ConfigurationError("verify", expected="'sizes' or 'full'", got=repr(verify), cure="Choose one.")
         folder = Path(path)
-        manifest = CacheManifest.load(folder)
-        if expected is not None:
-            check_fingerprint(str(folder), expected=expected, got=manifest.fingerprint)
-        shards = [_map_shard(folder, manifest, entry) for entry in manifest.shards]
-        cache = cls(folder, manifest, shards=shards, ids=_map_ids(folder, manifest.ids))
-        if verify == "full":
-            cache.verify()
-        return cache
+        while True:
+            manifest = CacheManifest.load(folder)
+            if expected is not None:
+                check_fingerprint(str(folder), expected=expected, got=manifest.fingerprint)
+            try:
+                shards = [_map_shard(folder, manifest, entry) for entry in manifest.shards]
+                cache = cls(folder, manifest, shards=shards, ids=_map_ids(folder, manifest.ids))
+            except CacheCorruptedError:
+                # An edit that ended just now has removed files of the generation before, which the manifest named.
+                if CacheManifest.load(folder) == manifest:
+                    raise
+                continue
+            if verify == "full":
+                cache.verify()
+            return cache
 
     @classmethod
     def from_arrays(
@@ -136,6 +150,16 @@ class TargetCache:
         """Hash of the texts that were embedded, in row order; ``"vectors-..."`` if only the vectors were known."""
         return self.manifest.texts_hash
 
+    @property
+    def text_hashes(self) -> npt.NDArray[np.uint64] | None:
+        """Hash of each row's text ``(rows,)``, see :func:`hash_texts`; None if they were not known when it was made."""
+        return self._texts
+
+    @property
+    def places(self) -> npt.NDArray[np.int64] | None:
+        """Which stored row each row is ``(rows,)``; None if no row was ever deleted or added."""
+        return self._places
+
     def __len__(self) -> int:
         """Return the number of rows."""
         return self.manifest.rows
@@ -159,8 +183,8 @@ class TargetCache:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return rows ``start`` to ``stop`` (exclusive) as stored, ``(stop - start, dim)``.
 
-        Inside one shard nothing is copied: treat the result as read-only and ``clone()`` it before writing into it. A
-        write never reaches the disk, but later reads of this object show it.
+        Inside one shard, and between deleted rows, nothing is copied: treat the result as read-only and ``clone()`` it
+        before writing into it. A write never reaches the disk, but later reads of this object show it.
 
         Raises:
             ConfigurationError: If there are no such rows.
@@ -170,6 +194,18 @@ class TargetCache:
                 "read", expected=f"0 <= start <= stop <= {len(self)}", got=f"start {start}, stop {stop}",
                 cure="Ask for rows of the cache.",
             )  # fmt: skip
+        if self._places is None or start == stop:
+            return self._stored(start, stop)
+        places = self._places[start:stop]
+        ranges = runs(places)
+        if len(ranges) > _MOST_RUNS:
+            return self._pick(self._checked_places(places), self.dtype)
+        self._checked_places(np.array(ranges).ravel() - np.tile([0, 1], len(ranges)))
+        pieces = [self._stored(first, last) for first, last in ranges]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _stored(self, start: int, stop: int) -> torch.Tensor:
+        """Return stored rows, deleted ones included."""
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         last = int(np.searchsorted(self._starts, max(stop - 1, start), side="right")) - 1
         pieces = []
@@ -187,16 +223,38 @@ class TargetCache:
             ConfigurationError: If one is negative or too large; no row is ever counted from the end.
         """
         wanted = self._checked_rows(rows)
+        if self._places is not None:
+            wanted = self._checked_places(self._places[wanted])
+        return self._pick(wanted, torch.float32)
+
+    def _pick(self, wanted: npt.NDArray[np.int64], dtype: torch.dtype) -> torch.Tensor:
+        """Return a copy of stored rows ``(n,)``."""
         shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
-        out = torch.empty((len(wanted), self.dim), dtype=torch.float32)
+        out = torch.empty((len(wanted), self.dim), dtype=dtype)
         order = np.argsort(shard_of, kind="stable")
         bounds = np.searchsorted(shard_of[order], np.arange(len(self._shards) + 1)).tolist()
         for shard, start in enumerate(self._starts.tolist()):
             places = order[bounds[shard] : bounds[shard + 1]]
             if len(places):
                 local = torch.from_numpy(wanted[places] - start)
-                out[torch.from_numpy(places)] = self._shards[shard].index_select(0, local).float()
+                out[torch.from_numpy(places)] = self._shards[shard].index_select(0, local).to(dtype)
         return out
+
+    def check_bytes(self, start: int, stop: int) -> None:
+        """Compare the bytes of rows ``start`` to ``stop`` (exclusive) on the disk with their checksums.
+
+        Raises:
+            CacheCorruptedError: If they are not what was written; names file and rows.
+        """
+        places = np.arange(start, stop) if self._places is None else self._places[start:stop]
+        width = self.manifest.row_bytes
+        for entry in self.manifest.shards:
+            inside = places[(places >= entry.row0) & (places < entry.row0 + entry.rows)] - entry.row0
+            if len(inside):
+                part = DATA_START + int(inside.min()) * width, DATA_START + (int(inside.max()) + 1) * width
+                check_blocks(
+                    self.path, entry, rows_of_bytes=_row_namer(entry, width), advance=lambda _: None, part=part
+                )
 
     def verify(self, *, progress: bool = False) -> None:
         """Read every byte on the disk and check it, then every row and every id.
@@ -211,18 +269,21 @@ class TargetCache:
         manifest = self.manifest
         if CacheManifest.load(self.path) != manifest:
             raise corrupted(self.path, "manifest.json", expected="what it was when opened", got="another manifest")
-        total = sum(entry.bytes for entry in (*manifest.shards, manifest.ids))
+        total = sum(entry.bytes for entry in manifest.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar:
-            check_blocks(self.path, manifest.ids, rows_of_bytes=lambda *_: manifest.ids.range_text, advance=bar.update)
+            for entry in manifest.files[len(manifest.shards) :]:
+                check_blocks(self.path, entry, rows_of_bytes=_file_namer(entry), advance=bar.update)
             for entry in manifest.shards:
                 check_blocks(self.path, entry, rows_of_bytes=_row_namer(entry, manifest.row_bytes), advance=bar.update)
                 self._check_rows(entry)
         self._check_ids()
+        if self._places is not None and len(np.unique(self._checked_places(self._places))) < len(self):
+            raise corrupted(self.path, "places", expected="another stored row for every row", got="one twice")
 
     def _check_rows(self, entry: ShardEntry) -> None:
         step = max(1, _CHECKED_BYTES // self.manifest.row_bytes)
         for start in range(entry.row0, entry.row0 + entry.rows, step):
-            vectors = self.read(start, min(start + step, entry.row0 + entry.rows))
+            vectors = self._stored(start, min(start + step, entry.row0 + entry.rows))
             bad = first_bad_row(vectors, nonzero=self.fingerprint.normalize)
             if bad is not None:
                 raise corrupted(self.path, f"{entry.file}, row {start + bad[0]}", expected="a vector", got=bad[1])
@@ -245,6 +306,14 @@ class TargetCache:
             got = f"{array[outside[0]]} in place {outside[0]}"
             raise ConfigurationError("rows", expected=f"rows from 0 to {len(self) - 1}", got=got, cure=cure)
         return array.astype(np.int64, copy=False)
+
+    def _checked_places(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Refuse places outside of the shards: that file is not read on opening, and may have rotted."""
+        outside = np.flatnonzero((places < 0) | (places >= self.manifest.stored_rows))
+        if len(outside):
+            wanted = f"stored rows from 0 to {self.manifest.stored_rows - 1}"
+            raise corrupted(self.path, "places", expected=wanted, got=str(places[outside[0]]))
+        return places
 
 
 def shard_specs(plan: PlanRecord, rows: int) -> list[TensorSpec]:
@@ -276,6 +345,10 @@ def _row_namer(entry: ShardEntry, row_bytes: int) -> Callable[[int, int], str]:
         return f"{entry.file}, rows {entry.row0 + first} to {entry.row0 + last}"
 
     return name
+
+
+def _file_namer(entry: ShardEntry) -> Callable[[int, int], str]:
+    return lambda start, stop: entry.range_text
 
 
 def _reopen(path: str, checksum: str) -> TargetCache:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,17 +21,11 @@ import torch
 import xxhash
 
 from hf_corrector._files import make_directory
+from hf_corrector.cache.entries import ShardEntry, ShardRange, stored_dtype
 from hf_corrector.cache.folder_lock import locked
 from hf_corrector.cache.ids import PackedIds
-from hf_corrector.cache.manifest import (
-    MANIFEST_FILE,
-    PLAN_FILE,
-    CacheManifest,
-    PlanRecord,
-    ShardEntry,
-    ShardRange,
-    stored_dtype,
-)
+from hf_corrector.cache.manifest import MANIFEST_FILE, PLAN_FILE, CacheManifest, PlanRecord
+from hf_corrector.cache.row_files import row_file, write_rows
 from hf_corrector.cache.sealed import FORMAT_VERSION, read_sealed, write_sealed
 from hf_corrector.cache.shard_files import digest_file, first_bad_row, write_file
 from hf_corrector.cache.target_cache import TargetCache, Vectors, ids_specs, shard_specs
@@ -61,6 +55,8 @@ class CachePlan:
         texts_hash: Hash of the texts in row order, see :func:`hf_corrector._files.hash_strings`.
         shard_rows: Rows per file, see :func:`default_shard_rows`; a killed build loses at most one such file.
         generation: Part of every file name.
+        text_hashes: Hash of each row's text ``(rows,)``, see :func:`hash_texts`; by them a later edit of the cache
+            notices texts that changed under the same id.
     """
 
     ids: Sequence[str]
@@ -70,6 +66,7 @@ class CachePlan:
     texts_hash: str
     shard_rows: int
     generation: int = 0
+    text_hashes: npt.NDArray[np.uint64] | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the ids.
@@ -89,6 +86,10 @@ class CachePlan:
             raise ConfigurationError("CachePlan.texts_hash", expected="a hash", got=repr(self.texts_hash), cure=cure)
         if len(self.ids) == 0:
             raise ConfigurationError("CachePlan.ids", expected="at least one row", got="none", cure="Add targets.")
+        if self.text_hashes is not None and len(self.text_hashes) != len(self.ids):
+            got = f"{len(self.text_hashes)} for {len(self.ids)} ids"
+            cure = "Pass hash_texts(texts)."
+            raise ConfigurationError("CachePlan.text_hashes", expected="one for every row", got=got, cure=cure)
 
 
 class CacheWriter:
@@ -130,7 +131,7 @@ class CacheWriter:
             self._finished = finished is not None
             if finished is None:
                 self._go_on()
-            self._ids_entry = self._write_ids() if finished is None else finished.ids
+                self._ids_entry, self._texts_entry = self._write_ids(), self._write_texts()
             # From here on close() gives the lock back; before, any exception does.
             self._lock: ExitStack | None = stack.pop_all()
 
@@ -167,20 +168,37 @@ class CacheWriter:
                 encoder normalises; names file and row. Nothing is written then.
             OSError: If the disk refuses; earlier shards are safe and the build can be resumed.
         """
+        shard = self._pending(index)
+        check_matrix(self._record.shard_file(index), vectors, rows=shard.rows)
+        self.write_pieces(index, [vectors])
+
+    def write_pieces(self, index: int, pieces: Iterable[Vectors]) -> None:
+        """Write one shard durably from vectors that come some rows at a time, none of which are kept.
+
+        Args:
+            index: A shard of :meth:`pending_shards`; any order will do.
+            pieces: Its rows in order, each piece ``(n, dim)``; asked for while the shard is written.
+
+        Raises:
+            ConfigurationError: If that shard is not pending.
+            DataError: As :meth:`write_shard`; also if the pieces hold another number of rows. Nothing is written then.
+            OSError: If the disk refuses.
+        """
+        shard = self._pending(index)
+        file = self._record.shard_file(index)
+        entry = write_file(
+            self.path / file, shard_specs(self._record, shard.rows), parts=self._stored_shard(file, pieces, shard),
+            rows=shard.rows, row0=shard.start,
+        )  # fmt: skip
+        self._write_sidecar(entry)
+        self._entries[index] = entry
+
+    def _pending(self, index: int) -> ShardRange:
         if self._lock is None or index not in {item.index for item in self.pending_shards()}:
             got = "a closed writer" if self._lock is None else f"shard {index}, which is not"
             cure = "Write the shards that pending_shards() names, once each."
             raise ConfigurationError(str(self.path), expected="a pending shard", got=got, cure=cure)
-        rows, row0 = self._ranges[index].rows, self._ranges[index].start
-        file = self._record.shard_file(index)
-        if check_matrix(file, vectors, rows=rows) != self.plan.dim:
-            got = f"vectors of length {vectors.shape[1]}"
-            cure = "Encode with the encoder the plan was made for."
-            raise DataError(file, expected=f"vectors of length {self.plan.dim}", got=got, cure=cure)
-        pieces = self._stored_pieces(file, vectors, row0)
-        entry = write_file(self.path / file, shard_specs(self._record, rows), parts=pieces, rows=rows, row0=row0)
-        self._write_sidecar(entry)
-        self._entries[index] = entry
+        return self._ranges[index]
 
     def finish(self) -> TargetCache:
         """Write the manifest, remove what only the build needed, give the lock back and open the cache.
@@ -200,7 +218,9 @@ class CacheWriter:
         if not self._finished:
             record = {item.name: getattr(self._record, item.name) for item in fields(PlanRecord)}
             entries = tuple(self._entries[item.index] for item in self._ranges)
-            CacheManifest(**record, shards=entries, ids=self._ids_entry, created=int(time.time())).save(self.path)
+            CacheManifest(
+                **record, shards=entries, ids=self._ids_entry, texts=self._texts_entry, created=int(time.time())
+            ).save(self.path)
             self._finished = True
             self._remove_build_files()
         self.close()
@@ -227,7 +247,11 @@ class CacheWriter:
                 self._entries[shard.index] = entry
 
     def _check_plan(self, theirs: PlanRecord) -> None:
-        differing = self._record.differences(theirs)
+        record = self._record
+        if isinstance(theirs, CacheManifest) and theirs.ancestors:
+            # Each edit made another generation of the same cache, and cut what it added into shards as it liked.
+            record = replace(record, generation=theirs.generation, shard_rows=theirs.shard_rows)
+        differing = record.differences(theirs)
         if differing:
             raise CacheMismatchError(
                 str(self.path), expected=self._record.describe(),
@@ -245,6 +269,29 @@ class CacheWriter:
             entry = write_file(self.path / file, specs, parts=parts, rows=rows, row0=0)
             self._write_sidecar(entry)
         return entry
+
+    def _write_texts(self) -> ShardEntry | None:
+        if self.plan.text_hashes is None:
+            return None
+        file = row_file("texts", self.plan.generation)
+        entry = self._kept(file, rows=len(self._ids), row0=0)
+        if entry is None:
+            entry = write_rows(self.path / file, "texts", self.plan.text_hashes)
+            self._write_sidecar(entry)
+        return entry
+
+    def _stored_shard(self, file: str, pieces: Iterable[Vectors], shard: ShardRange) -> Iterator[memoryview]:
+        row = shard.start
+        for vectors in pieces:
+            if check_matrix(file, vectors, rows=len(vectors)) != self.plan.dim:
+                got = f"vectors of length {vectors.shape[1]}"
+                cure = "Encode with the encoder the plan was made for."
+                raise DataError(file, expected=f"vectors of length {self.plan.dim}", got=got, cure=cure)
+            yield from self._stored_pieces(file, vectors, row)
+            row += len(vectors)
+        if row != shard.stop:
+            cure = "Pass one vector for every id."
+            raise DataError(file, expected=f"{shard.rows} rows", got=str(row - shard.start), cure=cure)
 
     def _stored_pieces(self, file: str, vectors: Vectors, row0: int) -> Iterator[memoryview]:
         """Convert a few rows at a time, so that no second copy of a shard is needed."""
@@ -292,18 +339,19 @@ class CacheWriter:
         return found
 
     def _remove_temporary_files(self) -> None:
-        for pattern in ("emb-*.tmp", "ids.*.tmp", f"{PLAN_FILE}.*.tmp", f"{MANIFEST_FILE}.*.tmp"):
+        for pattern in ("emb-*.tmp", "ids.*.tmp", "texts.*.tmp", f"{PLAN_FILE}.*.tmp", f"{MANIFEST_FILE}.*.tmp"):
             for path in self.path.glob(pattern):
                 path.unlink()
 
     def _remove_build_files(self) -> None:
         for index in range(len(self._ranges)):
             _sidecar(self.path / self._record.shard_file(index)).unlink(missing_ok=True)
-        _sidecar(self.path / self._record.ids_file).unlink(missing_ok=True)
+        for file in (self._record.ids_file, row_file("texts", self.plan.generation)):
+            _sidecar(self.path / file).unlink(missing_ok=True)
         (self.path / PLAN_FILE).unlink(missing_ok=True)
 
 
-_SHARED_FIELDS = tuple(item.name for item in fields(CachePlan) if item.name != "ids")
+_SHARED_FIELDS = tuple(item.name for item in fields(CachePlan) if item.name not in ("ids", "text_hashes"))
 
 
 def default_shard_rows(dim: int, dtype: str) -> int:
