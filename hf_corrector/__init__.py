@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from hf_corrector.data.stdlib import standard_library_data
     from hf_corrector.encoding import EncodeOptions, build_cache
     from hf_corrector.evaluation.staleness import measure_staleness
+    from hf_corrector.index_upgrade.report import UpgradeReport
+    from hf_corrector.index_upgrade.upgrading import upgrade
     from hf_corrector.records import EncoderFingerprint, RunRecord
     from hf_corrector.training.arguments import DualEncoderTrainingArguments
-    from hf_corrector.training.corrector_trainer import fit_corrector
+    from hf_corrector.training.corrector_fit import fit_corrector
     from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
 _HOMES = {
@@ -31,10 +33,13 @@ _HOMES = {
     "TargetCache": "hf_corrector.cache.target_cache",
     "EncodeOptions": "hf_corrector.encoding",
     "build_cache": "hf_corrector.encoding",
-    "fit_corrector": "hf_corrector.training.corrector_trainer",
+    "fit_corrector": "hf_corrector.training.corrector_fit",
     "DualEncoderTrainingArguments": "hf_corrector.training.arguments",
     "DualEncoderTrainer": "hf_corrector.training.dual_encoder_trainer",
     "measure_staleness": "hf_corrector.evaluation.staleness",
+    # No module is called "upgrade": importing one would put it in the function's place.
+    "upgrade": "hf_corrector.index_upgrade.upgrading",
+    "UpgradeReport": "hf_corrector.index_upgrade.report",
     "EncoderFingerprint": "hf_corrector.records",
     "RunRecord": "hf_corrector.records",
 }
@@ -55,6 +60,8 @@ __all__ = [
     "DualEncoderTrainingArguments",
     "DualEncoderTrainer",
     "measure_staleness",
+    "upgrade",
+    "UpgradeReport",
     "EncoderFingerprint",
     "RunRecord",
     "__version__",

@@ -44,6 +44,8 @@ class EncoderFingerprint:
         normalize: Whether vectors have unit length.
         role: ``"query"`` or ``"target"``.
         compute_dtype: Arithmetic the vectors were computed in, for instance ``"float32"``.
+        corrected_from: Hash of the older encoder and of the corrector, where the vectors are not this encoder's own but
+            older ones that were corrected towards it; None for vectors it made itself.
     """
 
     name: str
@@ -56,11 +58,12 @@ class EncoderFingerprint:
     role: str
     compute_dtype: str
     revision: str | None = None
+    corrected_from: str | None = None
 
     @property
     def digest(self) -> str:
         """Hash of all that is compared, 32 hexadecimal digits."""
-        compared = {key: value for key, value in asdict(self).items() if key not in {"name", "revision"}}
+        compared = {key: value for key, value in self.to_dict().items() if key not in {"name", "revision"}}
         return hash_strings(f"{key}={compared[key]!r}" for key in sorted(compared))
 
     def differences(self, other: EncoderFingerprint) -> list[str]:
@@ -69,9 +72,16 @@ class EncoderFingerprint:
         compared = [key for key in mine if key not in {"name", "revision"}]
         return [f"{key}: {mine[key]!r} / {theirs[key]!r}" for key in compared if mine[key] != theirs[key]]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; what says nothing of vectors an encoder made itself is left out, as it always was."""
+        plain = asdict(self)
+        if self.corrected_from is None:
+            del plain["corrected_from"]
+        return plain
+
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> EncoderFingerprint:
-        """Rebuild from :func:`dataclasses.asdict`.
+        """Rebuild from :meth:`to_dict` or :func:`dataclasses.asdict`.
 
         Raises:
             InputError: If fields are missing or unknown.
@@ -92,14 +102,19 @@ class FittedTargets:
     """What a corrector was fitted on, kept beside it: between which vectors it leads, and what it has seen.
 
     Attributes:
-        cache: Checksum of the manifest of the cache whose vectors it corrects.
+        cache: Checksum of the manifest of the cache whose vectors it corrects. The corrector stays right for what edits
+            make of that cache, as all its vectors come from one encoder; rows do not, see ``ids``.
         encoder: Digest of the fingerprint of the encoder it leads to, for targets in float32.
         rows: Target rows of the cache it was fitted on, ascending; queries looking for others are clean.
+        ids: Ids of those rows, by which they are found again in a cache that was edited since; None where unknown.
+        encoder_fingerprint: Fields of the fingerprint of the encoder it leads to; None where unknown.
     """
 
     cache: str
     encoder: str
     rows: tuple[int, ...]
+    ids: tuple[str, ...] | None = None
+    encoder_fingerprint: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
         """Write into a corrector's folder durably."""
@@ -116,7 +131,8 @@ class FittedTargets:
         if not path.is_file():
             return None
         value = checked_fields(cls, read_json(path), where=str(path))
-        return cls(value["cache"], value["encoder"], tuple(int(row) for row in value["rows"]))
+        rows, ids = tuple(int(row) for row in value["rows"]), value.get("ids")
+        return cls(**{**value, "rows": rows, "ids": None if ids is None else tuple(ids)})
 
 
 def checked_fields(cls: type[Any], value: Any, *, where: str) -> dict[str, Any]:
@@ -178,6 +194,8 @@ class RunRecord:
         timing: Seconds by phase.
         manifests: Manifests of the caches involved.
         history: Logged training steps.
+        rows: What was compared, one object per method: metrics, recovery, passes, seconds.
+        verdict: What follows from it: decision, sentence, thresholds.
         created: Unix time of the record.
         machine: Processor.
     """
@@ -192,6 +210,8 @@ class RunRecord:
     timing: dict[str, float] = field(default_factory=dict)
     manifests: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    verdict: dict[str, Any] = field(default_factory=dict)
     created: float = field(default_factory=time.time)
     machine: str = field(default_factory=describe_machine)
 

@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from hf_corrector.cache.side_store import open_side
+from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.main import COMMANDS, main
+from hf_corrector.models import CorrectorModel
 
 WORDS = ["copy", "move", "list", "count", "sort", "find", "print", "replace", "delete", "join", "split", "merge"]
 
@@ -140,6 +147,130 @@ def test_a_corrector_of_other_vectors_is_refused(
     assert "to another encoder" in capsys.readouterr().err
     assert main(["search", "--cache", cache, "--model", str(trained), "--corrector", str(trained), "--query", "a"]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def write_corpus(folder: Path, targets: dict[str, str]) -> None:
+    lines = [json.dumps({"_id": name, "title": "", "text": text}) + "\n" for name, text in targets.items()]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture
+def changed(folder: Path, tmp_path: Path) -> Path:
+    """The folder of 60 targets with one added and one changed."""
+    copy = tmp_path / "changed"
+    shutil.copytree(folder, copy)
+    targets = {f"t{n}": f"{WORDS[n % 12]} the files number {n}" for n in range(60)}
+    targets |= {"t1": "something else", "new": "an added target"}
+    write_corpus(copy, targets)
+    return copy
+
+
+def test_embed_update_follows_the_corpus_and_keeps_the_corrector(
+    trained: Path, folder: Path, tiny_encoder: str, changed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    cache, corrector = str(run / "cache"), str(run / "corrector")
+    update = ["embed", "--data", str(changed), "--model", tiny_encoder, "--output_dir", cache, "--update", "--quiet"]
+    assert main(update) == 0
+    assert "2 targets encoded, 1 deleted" in capsys.readouterr().out
+    assert main(["verify", cache, "--quiet"]) == 0
+    arguments = ["evaluate", "--cache", cache, "--model", str(run), "--corrector", corrector, "--quiet", "--data"]
+    assert main([*arguments, str(changed), "--output_dir", str(tmp_path / "judged")]) == 0
+    assert main([*arguments, str(folder), "--output_dir", str(tmp_path / "x")]) == 1
+    judged, before = (json.loads((one / "run.json").read_text()) for one in (tmp_path / "judged", trained))
+    clean = judged["evaluation"]["clean_queries"]
+    assert clean == before["evaluation"]["clean_queries"]  # its rows were found again by their ids
+    # A note without ids knows nothing of the rows of an edited cache.
+    note = json.loads((run / "corrector" / "fitted_targets.json").read_text())
+    (run / "corrector" / "fitted_targets.json").write_text(json.dumps({**note, "ids": None}))
+    capsys.readouterr()
+    assert main([*arguments, str(changed), "--output_dir", str(tmp_path / "again")]) == 0
+    assert "nothing says which of these targets" in capsys.readouterr().out
+
+
+def test_embed_stores_a_matrix_of_side_features(
+    folder: Path, tiny_encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matrix = np.arange(120, dtype=np.float32).reshape(60, 2)
+    np.save(tmp_path / "good.npy", matrix)
+    save_file({"side": torch.from_numpy(matrix)}, tmp_path / "good.safetensors")
+    np.save(tmp_path / "short.npy", matrix[:5])
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
+    cache = str(tmp_path / "cache")
+    embed = ["embed", "--data", str(folder), "--model", tiny_encoder, "--output_dir", cache, "--quiet", "--side"]
+    for name, words in (("short.npy", "each of 60 targets"), ("objects.npy", "numpy.save"), ("none.npy", "none.npy")):
+        assert main([*embed, str(tmp_path / name)]) == 1
+        assert words in capsys.readouterr().err
+    assert not Path(cache).exists()
+    for name in ("good.npy", "good.safetensors"):
+        assert main([*embed, str(tmp_path / name)]) == 0
+        stored = open_side(TargetCache.open(cache), "matrix", verify="full")
+        assert np.array_equal(stored.read(0, 60).numpy(), matrix)
+
+
+def test_apply_writes_a_cache_that_the_new_encoder_searches_and_no_one_takes_for_fresh(
+    trained: Path, folder: Path, tiny_encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corrector, new = str(trained / "corrector"), str(tmp_path / "new")
+    apply = ["apply", "--corrector", corrector, "--cache", str(trained / "cache"), "--output_dir", new, "--quiet"]
+    assert main(apply) == 0
+    assert "60 targets corrected, not re-encoded" in capsys.readouterr().out
+    assert main(apply) == 0
+    old, corrected = TargetCache.open(trained / "cache"), TargetCache.open(new, verify="full")
+    expected = CorrectorModel.from_pretrained(corrector).correct(old.read(0, 60))
+    assert torch.allclose(corrected.read(0, 60), expected, atol=1e-6)
+    record = json.loads((Path(new) / "run.json").read_text())
+    assert record["command"] == "apply" and len(record["manifests"]) == 2
+
+    def search(*more: str) -> tuple[int, str]:
+        status = main(["search", "--query", "sort the files", "--top_k", "5", *more])
+        shown = capsys.readouterr()
+        return status, shown.out + shown.err
+
+    status, direct = search("--cache", new, "--model", str(trained))
+    assert status == 0 and "corrected, not re-encoded" in direct
+    _, on_the_fly = search("--cache", str(trained / "cache"), "--model", str(trained), "--corrector", corrector)
+    lines = re.compile(r"^ +\d\. .*$", flags=re.MULTILINE)
+    assert lines.findall(direct) == lines.findall(on_the_fly) != []
+    for more, words in (
+        (["--model", tiny_encoder], "weights"), (["--model", str(trained), "--corrector", corrector], "another than"),
+    ):  # fmt: skip
+        status, shown = search("--cache", new, *more)
+        assert status == 1 and words in shown
+    assert main(["embed", "--data", str(folder), "--model", str(trained), "--output_dir", new, "--update"]) == 1
+    assert "corrected_from" in capsys.readouterr().err
+
+
+def test_evaluate_judges_a_corrected_cache_as_what_it_is(
+    trained: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, out = str(tmp_path / "new"), tmp_path / "judged"
+    corrector = ["--corrector", str(trained / "corrector"), "--cache", str(trained / "cache"), "--model", str(trained)]
+    assert main(["apply", *corrector, "--output_dir", new, "--quiet"]) == 0
+    arguments = ["--cache", new, "--model", str(trained), "--data", str(folder), "--quiet", "--seed", "3"]
+    assert main(["evaluate", *arguments, "--output_dir", str(out)]) == 0
+    assert "corrected, not re-encoded" in capsys.readouterr().out
+    judged, before = (json.loads((one / "run.json").read_text())["evaluation"] for one in (out, trained))
+    assert judged["clean_queries"] == before["clean_queries"]
+    assert judged["all_queries"]["stale"] == pytest.approx(before["all_queries"]["corrected"], abs=1e-6)
+
+
+def test_apply_needs_to_know_the_encoder(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corrector = tmp_path / "corrector"
+    shutil.copytree(trained / "corrector", corrector)
+    apply = ["apply", "--corrector", str(corrector), "--cache", str(trained / "cache"), "--quiet"]
+    note = json.loads((corrector / "fitted_targets.json").read_text())
+    damaged = {**note["encoder_fingerprint"], "prompt": "x"}
+    for changes, words in (
+        ({"encoder_fingerprint": None}, "--model"), ({"encoder_fingerprint": damaged}, "the fingerprint of"),
+        ({"cache": "0" * 16}, "the corrector of this cache"),
+    ):  # fmt: skip
+        (corrector / "fitted_targets.json").write_text(json.dumps({**note, **changes}))
+        assert main([*apply, "--output_dir", str(tmp_path / "new")]) == 1
+        assert words in capsys.readouterr().err
+    (corrector / "fitted_targets.json").write_text(json.dumps({**note, "encoder_fingerprint": None}))
+    assert main([*apply, "--output_dir", str(tmp_path / "new"), "--model", str(trained)]) == 0
 
 
 def test_no_secret_reaches_the_record() -> None:

@@ -10,6 +10,7 @@ from hf_corrector.records import (
     RECORD_FILE,
     RECORDED_PACKAGES,
     EncoderFingerprint,
+    FittedTargets,
     RunRecord,
     collect_versions,
     describe_machine,
@@ -22,7 +23,7 @@ FINGERPRINT = EncoderFingerprint(
 )  # fmt: skip
 CHANGES: dict[str, Any] = {
     "weights": "x", "tokenizer": "x", "prompt": "", "max_length": 65, "pooling": "cls", "normalize": False,
-    "role": "query", "compute_dtype": "bfloat16",
+    "role": "query", "compute_dtype": "bfloat16", "corrected_from": "c",
 }  # fmt: skip
 
 
@@ -65,6 +66,35 @@ def test_revision_may_be_missing() -> None:
     content = asdict(FINGERPRINT)
     del content["revision"]
     assert EncoderFingerprint.from_dict(content).revision is None
+
+
+def test_what_an_encoder_made_itself_is_written_as_it_always_was() -> None:
+    corrected = replace(FINGERPRINT, corrected_from="c")
+    assert "corrected_from" not in FINGERPRINT.to_dict() and corrected.to_dict()["corrected_from"] == "c"
+    for one in (FINGERPRINT, corrected):
+        assert EncoderFingerprint.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        FittedTargets("c", "e", (1, 5)),
+        FittedTargets("c", "e", (1, 5), ids=("a", "b"), encoder_fingerprint=FINGERPRINT.to_dict()),
+        FittedTargets("c", "e", (), ids=()),
+    ],
+)
+def test_what_a_corrector_was_fitted_on_survives_saving(note: FittedTargets, tmp_path: Path) -> None:
+    note.save(tmp_path)
+    assert FittedTargets.load(tmp_path) == note
+    assert FittedTargets.load(tmp_path / "nowhere") is None
+
+
+def test_a_note_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "fitted_targets.json").write_text('{"cache": "c", "encoder": "e", "rows": [3, 4]}')
+    assert FittedTargets.load(tmp_path) == FittedTargets("c", "e", (3, 4))
+    (tmp_path / "fitted_targets.json").write_text('{"cache": "c", "rows": [3, 4]}')
+    with pytest.raises(InputError, match="encoder"):
+        FittedTargets.load(tmp_path)
 
 
 def test_precomputed_vectors_are_told_apart_by_their_name() -> None:

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import torch
 
+from hf_corrector.data.retrieval import RetrievalData
+from hf_corrector.models import DualEncoderModel
 from hf_corrector.records import collect_versions, describe_machine
+from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
 
 def data_folder(given: str | None, name: str) -> Path:
@@ -27,3 +31,21 @@ def print_head(title: str, arguments: Namespace) -> None:
     shown = " ".join(f"{key}={value}" for key, value in sorted(vars(arguments).items()) if key not in hidden)
     print(f"# {title}\narguments: {shown}\nversions: {versions}")
     print(f"machine: {describe_machine()}, {torch.get_num_threads()} threads\n", flush=True)
+
+
+def fine_tune(
+    model: DualEncoderModel,
+    data: RetrievalData,
+    folder: Path,
+    *,
+    steps: int,
+    seed: int,
+    learning_rate: float = 5e-5,
+) -> None:
+    """Train an encoder in place with in-batch negatives, 32 pairs a step, in bfloat16 autocast."""
+    args = DualEncoderTrainingArguments(
+        str(folder), max_steps=steps, learning_rate=learning_rate, seed=seed, bf16=True, negatives="in_batch",
+        staleness="ignore", logging_steps=50, save_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    DualEncoderTrainer(model, args, train_dataset=data.train, targets=data.corpus).train()
+    model.eval()

@@ -7,7 +7,8 @@ Every strategy trains the same encoder on the same batches of nl2bash and is jud
 * ``in_batch``, ``uniform``: negatives that need no cache;
 * ``ignore``: the softmax over the cache as made before training;
 * ``refresh-N``: the cache is re-encoded every N steps;
-* ``mean_shift``, ``affine``, ``residual_mlp``: the cache is seen through that corrector.
+* ``mean_shift``, ``affine``, ``residual_mlp``: the cache is seen through that corrector;
+* ``affine+tokens``, ``kernel+tokens``: through one that also reads the targets' tokens.
 
 Then the free pairs of the affine run are given to every family once more, after training, and its encoder re-encodes
 random targets instead, so that families and sources of pairs can be compared on one drift.
@@ -37,9 +38,11 @@ from hf_corrector.evaluation.staleness import Conditions, StalenessReport, measu
 from hf_corrector.metrics import paired_bootstrap
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
-from hf_corrector.training.corrector_trainer import CorrectorFitting, fit_corrector
+from hf_corrector.training.corrector_fit import CorrectorFitting, fit_corrector
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
+# Fits that bring earlier pairs forward by the clock of the drift can use more of them, and cost more.
+LONG_WINDOW = {"corrector_window": 200, "corrector_update_steps": 20}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "in_batch": {"negatives": "in_batch", "staleness": "ignore"},
     "uniform": {"negatives": "uniform", "staleness": "ignore"},
@@ -47,6 +50,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "mean_shift": {"negatives": "softmax", "corrector_kind": "mean_shift"},
     "affine": {"negatives": "softmax", "corrector_kind": "affine"},
     "residual_mlp": {"negatives": "softmax", "corrector_kind": "residual_mlp"},
+    "affine+tokens": {"negatives": "softmax", "corrector_kind": "affine", "corrector_side": "tokens", **LONG_WINDOW},
+    "kernel+tokens": {"negatives": "softmax", "corrector_kind": "kernel", "corrector_side": "tokens", **LONG_WINDOW},
     "refresh-100": {"negatives": "softmax", "staleness": "refresh", "refresh_steps": "100"},
     "refresh-30": {"negatives": "softmax", "staleness": "refresh", "refresh_steps": "30"},
 }

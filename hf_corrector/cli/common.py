@@ -108,18 +108,43 @@ def load_corrector(
     """
     if name is None:
         return None, None
-    corrector, fitted = CorrectorModel.from_pretrained(name), FittedTargets.load(Path(name))
-    if fitted is not None and fitted.cache != cache.manifest.checksum:
-        raise CacheMismatchError(
-            name, expected="the corrector of this cache", got=f"one that was fitted to another than {cache.path}",
-            cure="Name the cache it was fitted to; after a refresh that is the newest cache-NNNN of the run.",
-        )  # fmt: skip
+    corrector, fitted = corrector_of_cache(name, cache)
     if fitted is not None and fitted.encoder != model.fingerprint("target").digest:
         raise CacheMismatchError(
             name, expected=f"a corrector that leads to {model.config.name_or_path}", got="one to another encoder",
             cure="Name the encoder it was trained with as --model.",
         )  # fmt: skip
     return corrector, fitted
+
+
+def corrector_of_cache(name: str, cache: TargetCache) -> tuple[CorrectorModel, FittedTargets | None]:
+    """Load a corrector with its note, whose rows are those of the cache as it is now.
+
+    A corrector stays right when rows are added and deleted, as all vectors of a cache come from one encoder; the rows
+    it was fitted on are found again by their ids. Where their ids were not noted, nothing is known of them any more.
+
+    Raises:
+        CacheMismatchError: If the note says it leads from another cache, or the cache holds corrected vectors already.
+    """
+    corrector, fitted = CorrectorModel.from_pretrained(name), FittedTargets.load(Path(name))
+    if fitted is None and cache.fingerprint.corrected_from is not None:
+        raise CacheMismatchError(
+            str(cache.path), expected="vectors an encoder made", got="vectors that are corrected already",
+            cure="Leave --corrector out, or name the cache they came from.",
+        )  # fmt: skip
+    if fitted is None or fitted.cache == cache.manifest.checksum:
+        return corrector, fitted
+    if fitted.cache not in cache.manifest.lineage:
+        raise CacheMismatchError(
+            name, expected="the corrector of this cache", got=f"one that was fitted to another than {cache.path}",
+            cure="Name the cache it was fitted to; after a refresh that is the newest cache-NNNN of the run.",
+        )  # fmt: skip
+    if fitted.ids is None:
+        return corrector, None
+    rows = cache.ids.find(fitted.ids)
+    kept = tuple(sorted(int(row) for row in rows if row >= 0))
+    ids = tuple(cache.ids[row] for row in kept)
+    return corrector, dataclasses.replace(fitted, cache=cache.manifest.checksum, rows=kept, ids=ids)
 
 
 def is_dual_encoder(name: str, revision: str | None = None) -> bool:

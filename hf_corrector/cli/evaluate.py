@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from hf_corrector.cache.side_store import open_side
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import (
     DTYPES,
@@ -26,14 +27,16 @@ from hf_corrector.cli.common import (
     plain_arguments,
     quieten,
 )
+from hf_corrector.corrected_cache import check_comparable, side_kind
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.retrieval import column, positives_as_rows, texts_hash
 from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CacheMismatchError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.staleness import Conditions, measure_staleness
+from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
-from hf_corrector.records import COSTS, RunRecord
+from hf_corrector.records import COSTS, FittedTargets, RunRecord
 from hf_corrector.training.checks import check_made_by
 
 EXAMPLES = """\
@@ -56,6 +59,10 @@ def run(argv: list[str]) -> int:
         )  # fmt: skip
     model, split = EncoderChoice.of(arguments).load(arguments.device), judged_split(data)
     corrector, fitted = load_corrector(arguments.corrector, cache, model)
+    if corrector is None and cache.fingerprint.corrected_from is not None:
+        check_comparable(cache, model.fingerprint("target"))
+        fitted = FittedTargets.load(cache.path)
+        print(f"note: the vectors of {cache.path} are corrected, not re-encoded; 'stale' is what they are worth")
     if corrector is not None and fitted is None:
         print(
             "note: nothing says which of these targets the corrector was fitted on, so all queries count as clean; "
@@ -67,7 +74,7 @@ def run(argv: list[str]) -> int:
     report = measure_staleness(
         Conditions(
             queries=_encode(model, split, arguments), stale=cache,
-            corrected=None if corrector is None else CorrectedTargets(cache, corrector), fresh=fresh.cache,
+            corrected=_corrected(cache, corrector), fresh=fresh.cache,
             old_queries=None if old is None else _encode(old, split, arguments), old=cache,
         ),
         positives_as_rows(split, data.corpus),
@@ -84,6 +91,13 @@ def run(argv: list[str]) -> int:
     ).save(out)  # fmt: skip
     print(f"{report.table()}\n\n{report.judgement.sentence()}")
     return 0
+
+
+def _corrected(cache: TargetCache, corrector: CorrectorModel | None) -> CorrectedTargets | None:
+    if corrector is None:
+        return None
+    kind = side_kind(corrector)
+    return CorrectedTargets(cache, corrector, side=None if kind is None else open_side(cache, kind))
 
 
 def _flags() -> argparse.ArgumentParser:

@@ -14,14 +14,20 @@ COMMANDS = {
     "demo": "train on Python's standard library and show what correction recovers",
     "embed": "encode a corpus into a cache",
     "train": "train a dual encoder with hard negatives from a corrected cache",
+    "plan": "forecast from a small probe what correction would recover",
     "evaluate": "compare stale, corrected and fresh targets of a cache",
+    "upgrade": "correct, keep or re-embed an old index: compare and decide",
     "search": "search a cache, corrected or as it is",
     "verify": "check every byte of a cache",
+    "apply": "write the corrected vectors of a cache into another one",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 1 a problem that was explained, 2 wrong usage."""
+    """Run the command line; returns the exit status: 0 done, 1 a problem that was explained, 2 wrong usage.
+
+    ``upgrade`` answers by it: 0 go, 3 no-go, 4 re-embed a part first.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="hf-corrector",
@@ -58,10 +64,16 @@ def _run(command: str, arguments: list[str]) -> int:
             from hf_corrector.cli.embed import run
         case "train":
             from hf_corrector.cli.train import run
+        case "plan":
+            from hf_corrector.cli.plan import run
         case "evaluate":
             from hf_corrector.cli.evaluate import run
+        case "upgrade":
+            from hf_corrector.cli.upgrade import run
         case "search":
             from hf_corrector.cli.search import run
+        case "apply":
+            from hf_corrector.cli.apply import run
         case _:
             from hf_corrector.cli.verify import run
     return run(arguments)

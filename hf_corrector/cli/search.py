@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+
+from hf_corrector.cache.side_store import open_side
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import (
     DATA_HELP,
@@ -13,16 +16,18 @@ from hf_corrector.cli.common import (
     parser,
     quieten,
 )
-from hf_corrector.corrected_targets import CorrectedTargets
+from hf_corrector.corrected_cache import check_comparable, side_kind
+from hf_corrector.corrected_retriever import BACKENDS, CorrectedRetriever, RetrieverOptions
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.errors import CacheMismatchError, ConfigurationError
-from hf_corrector.index.exact import ExactIndex
+from hf_corrector.models import CorrectorConfig, CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
-from hf_corrector.training.checks import check_made_by
+from hf_corrector.records import FittedTargets
 
 EXAMPLES = """\
   hf-corrector search --cache out/cache --model out --corrector out/corrector --query "read a file line by line"
   hf-corrector search --cache cache --data my_beir_folder --model intfloat/e5-base-v2 --query "first" --query "second"
+  hf-corrector search --cache cache --model out --corrector h --backend faiss:IVF512,Flat --nprobe 16 --query "first"
 """
 
 
@@ -34,6 +39,7 @@ def run(argv: list[str]) -> int:
     flags.add_argument("--query", required=True, action="append", metavar="TEXT", help="may be given several times")
     flags.add_argument("--top_k", type=int, default=5, help="targets per query")
     flags.add_argument("--data", metavar="DIR", help=f"show texts from here: {DATA_HELP.split(';')[0]}, or 'stdlib'")
+    _add_backend_arguments(flags)
     add_model_arguments(flags)
     add_device_argument(flags)
     arguments = flags.parse_args(argv)
@@ -46,13 +52,12 @@ def run(argv: list[str]) -> int:
     cache = TargetCache.open(arguments.cache)
     texts = None if arguments.data is None else _texts(arguments.data, cache)
     model = EncoderChoice.of(arguments).load(arguments.device)
-    corrector, _ = load_corrector(arguments.corrector, cache, model)
+    corrector, fitted = load_corrector(arguments.corrector, cache, model)
     if corrector is None:
         _check_own(cache, model)
-    queries = model.encode_query(arguments.query)
-    found = ExactIndex(CorrectedTargets(cache, corrector), device=arguments.device).search(
-        queries, min(arguments.top_k, len(cache))
-    )
+        corrector = CorrectorModel(CorrectorConfig(kind="identity", input_dim=cache.dim))
+    retriever = _retriever(arguments, cache, corrector, fitted)
+    found = retriever.search(model.encode_query(arguments.query), min(arguments.top_k, len(cache)))
     for query, rows, scores in zip(arguments.query, found.rows.tolist(), found.scores.tolist(), strict=True):
         print(f"\n{query}")
         for place, (row, score) in enumerate(zip(rows, scores, strict=True), start=1):
@@ -61,9 +66,46 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _add_backend_arguments(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument(
+        "--backend", default="exact", metavar="HOW",
+        help="exact (default), folded, two_stage, or faiss:FACTORY as in faiss:IVF512,Flat",
+    )  # fmt: skip
+    flags.add_argument("--shortlist", type=int, help="two_stage and faiss: candidates that the corrector judges")
+    flags.add_argument("--certify", action="store_true", help="two_stage: prove results exact")
+    flags.add_argument("--nprobe", type=int, help="faiss: lists looked into")
+    flags.add_argument("--ef_search", type=int, help="faiss: length of the queue of HNSW")
+    flags.add_argument("--k_factor", type=int, help="faiss: how many times more RFlat takes from its compressed part")
+
+
+def _retriever(
+    arguments: argparse.Namespace, cache: TargetCache, corrector: CorrectorModel, fitted: FittedTargets | None
+) -> CorrectedRetriever:
+    backend, _, factory = arguments.backend.partition(":")
+    if backend not in BACKENDS or (backend == "faiss") != bool(factory):
+        raise ConfigurationError(
+            "--backend", expected=f"one of {BACKENDS}, and a factory after 'faiss:' only", got=arguments.backend,
+            cure="For example --backend exact, or --backend faiss:HNSW32.",
+        )  # fmt: skip
+    parameters = None
+    if backend == "faiss":
+        from hf_corrector.index.faiss import FaissParameters  # loads a large library
+
+        parameters = FaissParameters(arguments.nprobe, arguments.ef_search, arguments.k_factor)
+    # One search is not worth a snapshot.
+    options = RetrieverOptions(
+        snapshot="none", shortlist=arguments.shortlist, certify=arguments.certify, factory=factory or None,
+        parameters=parameters, device=arguments.device, fitted=fitted,
+    )  # fmt: skip
+    kind = side_kind(corrector)
+    side = None if kind is None else open_side(cache, kind)
+    return CorrectedRetriever(cache, corrector, side=side, backend=backend, options=options)
+
+
 def _check_own(cache: TargetCache, model: DualEncoderModel) -> None:
     try:
-        check_made_by(cache, model)
+        if check_comparable(cache, model.fingerprint("target")):
+            print(f"note: the vectors of {cache.path} are corrected, not re-encoded")
     except CacheMismatchError as error:
         raise CacheMismatchError(
             error.where, expected=error.expected, got=error.got,

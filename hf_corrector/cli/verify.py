@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hf_corrector.cache.overlay import Overlay
+from hf_corrector.cache.side_store import verify_sides
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import parser
 
@@ -13,11 +15,13 @@ EXAMPLES = """\
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    flags = parser("verify", "Check manifest, checksums, vectors and ids of a cache.", EXAMPLES)
+    flags = parser("verify", "Check manifest, checksums, vectors, ids, side features and overlay of a cache.", EXAMPLES)
     flags.add_argument("cache", metavar="CACHE", help="folder of the cache")
     flags.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = flags.parse_args(argv)
     cache = TargetCache.open(arguments.cache)
     cache.verify(progress=not arguments.quiet)
+    verify_sides(cache)
+    Overlay.open(cache)
     print(f"{cache!r}: intact")
     return 0

@@ -158,14 +158,29 @@ def judge(
         index = ExactIndex(vectors, budget_bytes=options.budget_bytes, device=options.device, progress=options.progress)
         rows = index.search(queries, deepest).rows.numpy()
         per_query[name] = quality(rows, relevant, metrics=options.metrics)
+    return compare(per_query, clean=clean, options=options)
+
+
+def compare(per_query: Mapping[str, Mapping[str, FloatArray]], *, clean: BoolArray, options: JudgeOptions) -> Judgement:
+    """Compare conditions whose quality is known already; :func:`judge` without the searches.
+
+    Args:
+        per_query: ``per_query[condition][metric]``, values of the same queries, ``(queries,)``.
+        clean: Which queries count, ``(queries,)``.
+        options: Metrics, resamples and seed.
+
+    Raises:
+        DataError: If lengths differ.
+    """
     bootstraps = _resample(per_query, clean, options) if clean.any() else {}
-    methods = [name for name in conditions if name not in ("stale", "fresh")]
-    full = [name for name in conditions if name != "fresh"] if "fresh" in conditions else []
-    gaps = methods if {"stale", "fresh"} <= conditions.keys() else []
+    names = list(per_query)
+    methods = [name for name in names if name not in ("stale", "fresh")]
+    full = [name for name in names if name != "fresh"] if "fresh" in names else []
+    gaps = methods if {"stale", "fresh"} <= set(names) else []
     return Judgement(
-        metrics=tuple(options.metrics), primary=options.primary, queries=len(relevant), clean_queries=int(clean.sum()),
-        means=_each(conditions, bootstraps, lambda bootstrap, name: bootstrap.mean(name)),
-        differences=_differences(list(conditions), bootstraps),
+        metrics=tuple(options.metrics), primary=options.primary, queries=len(clean), clean_queries=int(clean.sum()),
+        means=_each(names, bootstraps, lambda bootstrap, name: bootstrap.mean(name)),
+        differences=_differences(names, bootstraps),
         recovery=_each(gaps, bootstraps, lambda bootstrap, name: bootstrap.recovery(name)),
         retention=_each(full, bootstraps, lambda bootstrap, name: bootstrap.retention(name)),
         all_queries={n: {metric: float(x.mean()) for metric, x in v.items()} for n, v in per_query.items()},

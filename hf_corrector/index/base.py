@@ -31,6 +31,13 @@ class TargetVectors(Protocol):
         """Return rows ``start`` to ``stop`` (exclusive) as ``(stop - start, dim)``, of any floating dtype."""
 
 
+class RowVectors(TargetVectors, Protocol):
+    """Target vectors of which single rows can be had cheaply as well."""
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return any rows ``(n,)`` int64 in the order asked for, ``(n, dim)``."""
+
+
 @dataclass(frozen=True, eq=False)
 class TensorVectors:
     """Target vectors that are in memory already.
@@ -61,6 +68,10 @@ class TensorVectors:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return rows ``start`` to ``stop`` without a copy."""
         return self.tensor[start:stop]
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return a copy of any rows ``(n,)`` int64, in the order asked for."""
+        return self.tensor.index_select(0, rows.to(self.tensor.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +122,31 @@ class RunningTopK:
         kept = self._keys[first_query : first_query + len(keys)]
         best = keys.topk(min(self.k, keys.shape[1]), dim=1, sorted=False).values
         kept.copy_(torch.cat([kept, best], dim=1).topk(self.k, dim=1).values)
+
+    def update_some(self, lines: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
+        """Take in the scores of single query-target pairs, none of which came before.
+
+        Args:
+            lines: Queries, ascending, ``(n,)`` int64.
+            rows: Target rows, ``(n,)`` int64.
+            scores: Their scores, ``(n,)`` float32.
+        """
+        if not len(lines):
+            return
+        changed, counts = torch.unique_consecutive(lines, return_counts=True)
+        line = torch.repeat_interleave(torch.arange(len(changed), device=lines.device), counts)
+        place = torch.arange(len(lines), device=lines.device) - (counts.cumsum(0) - counts)[line]
+        keys = self._keys.new_full((len(changed), int(counts.max())), _EMPTY)
+        keys[line, place] = pack(scores, rows)
+        self._keys[changed] = torch.cat([self._keys[changed], keys], dim=1).topk(self.k, dim=1).values
+
+    def floor(self) -> torch.Tensor:
+        """Return the score that a target must beat for each query, ``(queries,)``: the k-th best so far.
+
+        Rows have to come in ascending order for that: an equal score of a later row loses. Minus infinity where fewer
+        than k were seen.
+        """
+        return unpack(self._keys[:, -1])[1]
 
     def result(self) -> SearchResult:
         """Return the best so far."""

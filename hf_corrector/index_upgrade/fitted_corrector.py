@@ -1,0 +1,127 @@
+"""A corrector together with what it leads from and to: enough to apply it to a whole cache."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hf_corrector._files import read_json, write_json
+from hf_corrector.cache.side_store import open_side
+from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.corrected_cache import ApplyOptions, side_kind, write_corrected
+from hf_corrector.errors import CacheMismatchError, ConfigurationError, InputError
+from hf_corrector.models.modeling_corrector import CorrectorModel
+from hf_corrector.records import EncoderFingerprint, FittedTargets
+from hf_corrector.side_features import SideFeatures
+
+UPGRADE_FILE = "upgrade.json"
+
+
+@dataclass(frozen=True, eq=False)
+class FittedCorrector:
+    """What an upgrade fitted.
+
+    Attributes:
+        model: The corrector.
+        fitted: Which cache it corrects, where it leads, and which targets it has seen.
+        leads_to: The encoder whose vectors come out.
+        direction: ``"targets"``: stale targets in, corrected ones out. ``"queries"``: new queries in, out come ones
+            that search the old index.
+        side: Side features of all targets of the cache, where the corrector takes any and they are at hand.
+    """
+
+    model: CorrectorModel
+    fitted: FittedTargets
+    leads_to: EncoderFingerprint
+    direction: str = "targets"
+    side: SideFeatures | None = None
+
+    def apply(
+        self, old_cache: str | Path | TargetCache, new_cache: str | Path, *, side: SideFeatures | None = None,
+        options: ApplyOptions | None = None,
+    ) -> TargetCache:  # fmt: skip
+        """Write a cache of corrected vectors beside the old one, which is only read.
+
+        Args:
+            old_cache: The cache it was fitted to.
+            new_cache: Folder of the new cache.
+            side: Side features of all targets, for a corrector that was loaded from a folder and takes any; by default
+                those it has at hand, or that are stored with the cache.
+            options: How to write.
+
+        Raises:
+            CacheMismatchError: If it was fitted to another cache.
+            ConfigurationError: If it maps queries, so that there is nothing to write.
+        """
+        if self.direction == "queries":
+            raise ConfigurationError(
+                "apply", expected="a corrector of targets", got="one that maps queries to the old index",
+                cure="Leave the index as it is and search it with corrector.map_queries(vectors).",
+            )  # fmt: skip
+        cache = old_cache if isinstance(old_cache, TargetCache) else TargetCache.open(old_cache)
+        if self.fitted.cache not in cache.manifest.lineage:
+            raise CacheMismatchError(
+                str(cache.path), expected="the cache the corrector was fitted to", got="another one",
+                cure="Name the old cache, or fit a corrector to this one.",
+            )  # fmt: skip
+        given = self._side_for(cache) if side is None else side
+        return write_corrected(
+            self.model, cache, new_cache, encoder=self.leads_to, side=given, options=options
+        )  # fmt: skip
+
+    def _side_for(self, cache: TargetCache) -> SideFeatures | None:
+        kind = side_kind(self.model)
+        if kind is None or self.side is not None:
+            return self.side
+        return open_side(cache, kind)
+
+    def map_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        """Map vectors of new queries, ``(n, dim_new)``, to ones that search the old index, ``(n, dim_old)``.
+
+        Raises:
+            ConfigurationError: If it corrects targets.
+        """
+        if self.direction != "queries":
+            raise ConfigurationError(
+                "map_queries", expected="a corrector of queries", got="one of targets", cure="Use apply()."
+            )
+        return self.model.correct(queries)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write corrector and notes into a folder; side features are not kept."""
+        path = Path(folder)
+        self.model.save_pretrained(str(path))
+        self.fitted.save(path)
+        write_json(path / UPGRADE_FILE, {"direction": self.direction, "leads_to": asdict(self.leads_to)})
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> FittedCorrector:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: If the folder holds no corrector of an upgrade.
+        """
+        path = Path(folder)
+        fitted = FittedTargets.load(path)
+        if fitted is None or not (path / UPGRADE_FILE).is_file():
+            raise InputError(
+                str(path), expected="a corrector an upgrade has saved", got=f"no {UPGRADE_FILE}",
+                cure="Name the folder 'corrector' in the output of an upgrade.",
+            )  # fmt: skip
+        notes = read_json(path / UPGRADE_FILE)
+        if not isinstance(notes, dict) or set(notes) != {"direction", "leads_to"}:
+            raise InputError(
+                str(path / UPGRADE_FILE),
+                expected="direction and leads_to",
+                got=str(notes)[:80],
+                cure="Restore the file.",
+            )
+        leads_to = EncoderFingerprint.from_dict(notes["leads_to"])
+        return cls(CorrectorModel.from_pretrained(str(path)), fitted, leads_to, str(notes["direction"]))
+
+    def with_side(self, side: SideFeatures | None) -> FittedCorrector:
+        """Return the same with side features at hand."""
+        return replace(self, side=side)

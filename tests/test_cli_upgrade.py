@@ -1,0 +1,142 @@
+"""``hf-corrector upgrade``: what it prints, writes and answers by its exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from upgrade_helpers import cache_of, make_data, new_encoder, old_encoder
+
+from hf_corrector.cli.main import main
+from hf_corrector.cli.upgrade import read_query_log
+from hf_corrector.data.retrieval import RetrievalData
+from hf_corrector.errors import DataError
+from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
+
+
+@pytest.fixture(scope="module")
+def place(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, both encoders and the cache of each."""
+    root, data = tmp_path_factory.mktemp("upgrade"), make_data()
+    write_folder(root / "data", data)
+    for name, model in (("old", old_encoder(tiny_encoder)), ("new", new_encoder(tiny_encoder))):
+        model.save_pretrained(str(root / name))
+        cache_of(model, data, root / f"{name}_cache")
+    return root
+
+
+def write_folder(folder: Path, data: RetrievalData) -> None:
+    (folder / "qrels").mkdir(parents=True)
+    lines = [{"_id": row["id"], "text": row["text"], "metadata": json.loads(row["metadata"])} for row in data.corpus]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    queries = []
+    for name, split in data.splits.items():
+        queries += [
+            {"_id": row["query_id"], "text": row["query"], "metadata": json.loads(row["metadata"])} for row in split
+        ]
+        judged = [f"{row['query_id']}\t{row['positive_ids'][0]}\t1" for row in split]
+        (folder / "qrels" / f"{name}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]) + "\n")
+    (folder / "queries.jsonl").write_text("".join(json.dumps(one) + "\n" for one in queries))
+
+
+def call(place: Path, out: Path, *more: str, old: str = "old", new: str = "new") -> int:
+    return main([
+        "upgrade", "--old_cache", str(place / f"{old}_cache"), "--new_model", str(place / new), "--data",
+        str(place / "data"), "--pairs", "150", "--output_dir", str(out), "--quiet", "--kinds", "mean_shift", "affine",
+        *more,
+    ])  # fmt: skip
+
+
+def test_go_is_status_0_and_everything_is_written(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    status = call(
+        place, out, "--old-model", str(place / "old"), "--slice_by", "site", "--slice-by", "date",
+        "--seconds-per-pass", "0.01", "--price-per-hour", "2", "--pairs-by", "diverse", "--side", "none",
+    )  # fmt: skip
+    assert status == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "old model kept",
+        "full re-embed",
+        "a query",
+        "price",
+        "Go: correct the index",
+        "1. Prepare",
+        "Shadow",
+    ):
+        assert words in shown, words
+    record = json.loads((out / "run.json").read_text())
+    assert record["command"] == "upgrade" and record["verdict"]["decision"] == "go"
+    assert record["verdict"]["sentence"] in shown
+    assert {row["method"] for row in record["rows"]} >= {"old", "stale", "affine", "corrected", "fresh", "rerank"}
+    assert record["verdict"]["worst_slice"]["slice"].startswith(("site=", "date="))
+    pairs = json.loads((out / "pairs.json").read_text())
+    assert len(pairs["ids"]) == 150 and pairs["method"] == "diverse"
+    written = FittedCorrector.load(out / "corrector").apply(place / "old_cache", tmp_path / "new_cache")
+    assert len(written) == 400
+    assert call(place, out) == 1
+    assert "a new output folder" in capsys.readouterr().err
+
+
+def test_no_go_is_status_3(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(place, tmp_path / "out", "--side", "none", "--old_model", str(place / "new"), old="new", new="old") == 3
+    shown = capsys.readouterr().out
+    assert "keeping the old model is better" in shown and "Nothing to adopt" in shown
+
+
+def test_reembed_first_is_status_4(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    more = ["--pairs", "20", "--min-recovery", "0.94", "--kind", "affine", "--side", "none"]
+    assert call(place, out, *more) == 4
+    assert "re-embed" in capsys.readouterr().out.lower()
+    assert (out / "reembed_first.jsonl").stat().st_size > 0
+
+
+def test_queries_direction_leaves_the_index_alone(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(place, tmp_path / "out", "--direction", "queries", "--judge_targets", "100", "--judge_queries", "60")
+    shown = capsys.readouterr().out
+    assert "judged on 160 of 400 targets" in shown and "60 clean queries" in shown
+    assert FittedCorrector.load(tmp_path / "out" / "corrector").direction == "queries"
+
+
+def test_query_log_is_read_with_counts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "log.tsv"
+    log.write_text("list files\t3\ncount words\nlist files\t2\n\n")
+    assert read_query_log(log) == {"list files": 5.0, "count words": 1.0}
+    more = ["--pairs_by", "traffic", "--query_log", str(log), "--side", "none"]
+    assert call(place, tmp_path / "out", *more) in (0, 4)
+    assert json.loads((tmp_path / "out" / "pairs.json").read_text())["weights"] is not None
+    log.write_text("list files\tmany\n")
+    with pytest.raises(DataError, match=r"log\.tsv, line 1"):
+        read_query_log(log)
+    assert call(place, tmp_path / "other", *more) == 1
+    assert "how often it was asked" in capsys.readouterr().err
+    log.write_text("\n")
+    with pytest.raises(DataError, match="one query a line"):
+        read_query_log(log)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--pairs", "5000"], "at most 280 pairs"),
+        (["--slice_by", "nothing"], "slice_by 'nothing'"),
+        (["--judge_targets", "some"], "judge_targets"),
+        (["--metric", "bleu"], "bleu"),
+        (["--min_recovery", "7"], "thresholds"),
+        (["--old_model", "{place}/new"], "weights"),
+        (["--price_per_hour", "0"], "price_per_hour"),
+    ],
+)
+def test_mistakes_are_explained_and_leave_no_record(
+    more: list[str], words: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(place, tmp_path / "out", *(one.format(place=place) for one in more)) == 1
+    shown = capsys.readouterr().err
+    assert words in shown and "Traceback" not in shown
+    assert not (tmp_path / "out" / "run.json").exists()
