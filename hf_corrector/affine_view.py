@@ -1,4 +1,4 @@
-"""Bridge between corrector and index: corrected rows, and a corrector seen as an affine map.
+"""Bridge between corrector and index: a corrector seen as an affine map.
 
 For ``h(z) = Wz + c`` the score of a corrected target is a score of the stale one: ``⟨q, Wz + c⟩ = ⟨Wᵀq, z⟩ + ⟨q, c⟩``.
 Where h normalises, one inverse norm per row, ``s = 1 / ‖Wz + c‖``, multiplies it. So a stale index answers for the
@@ -15,60 +15,10 @@ import torch
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.index.base import RowVectors
 from hf_corrector.models.modeling_corrector import CorrectorModel
-from hf_corrector.side_features import SideFeatures
 
 READ_ROWS = 16_384
 
 _SMALLEST_NORM = 1e-12  # what torch.nn.functional.normalize divides by at least
-
-
-class CorrectedRows:
-    """Stale rows seen through a corrector, a range or single rows at a time; nothing is kept.
-
-    Args:
-        stale: The stale vectors.
-        corrector: The corrector.
-        side: Side features of the same targets, if the corrector takes any.
-
-    Raises:
-        ConfigurationError: If sizes do not fit.
-    """
-
-    def __init__(self, stale: RowVectors, corrector: CorrectorModel, side: SideFeatures | None = None) -> None:
-        self.stale, self.corrector = stale, corrector
-        self.side = None if corrector.config.side is None else side
-        self._targets = CorrectedTargets(
-            stale, corrector, side=side, device=corrector.fitted_pairs.device, snapshot_bytes=0
-        )
-        self.dim = self._targets.dim
-
-    def __len__(self) -> int:
-        """Return the number of targets."""
-        return len(self.stale)
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return corrected rows ``start`` to ``stop``, ``(stop - start, dim)`` float32."""
-        return self._targets.read(start, stop)
-
-    @torch.no_grad()
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return corrected rows in the order asked for, each corrected once, ``(n, dim)`` float32.
-
-        Args:
-            rows: Target rows, ``(n,)`` int64.
-        """
-        device = self._targets.device
-        unique, places = torch.unique(rows.cpu(), return_inverse=True)
-        side = None if self.side is None else self.side.gather(unique).to(device)
-        corrected: torch.Tensor = self.corrector(self.stale.gather(unique).to(device, torch.float32), side)
-        return corrected[places.to(device)]
-
-    def snapshot(self) -> torch.Tensor:
-        """Return all corrected rows, ``(targets, dim)`` float32."""
-        whole = torch.empty(len(self), self.dim)
-        for start, stop in ranges(len(self)):
-            whole[start:stop] = self.read(start, stop)
-        return whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +47,7 @@ class AffineView:
         return cls(found[0].detach().double().cpu(), found[1].detach().double().cpu(), normalize, exact=True)
 
     @classmethod
-    def fit(cls, rows: CorrectedRows, *, normalize: bool, fit_rows: int = 20_000, seed: int = 0) -> AffineView:
+    def fit(cls, rows: CorrectedTargets, *, normalize: bool, fit_rows: int = 20_000, seed: int = 0) -> AffineView:
         """Fit the affine map nearest to a corrector, by least squares on some of its own rows.
 
         Args:
@@ -126,7 +76,7 @@ class AffineView:
             inverse[start:stop] = 1.0 / self._apply(stale.read(start, stop)).norm(dim=1).clamp(min=_SMALLEST_NORM)
         return inverse
 
-    def slack(self, rows: CorrectedRows, inverse_norms: torch.Tensor | None) -> torch.Tensor:
+    def slack(self, rows: CorrectedTargets, inverse_norms: torch.Tensor | None) -> torch.Tensor:
         """Return for all rows an upper bound of ``‖h(z) − s·(Wz + c)‖``, ``(targets,)`` float32.
 
         That is how far a score of the folded query may be off, per unit of the query's norm (Cauchy-Schwarz). It costs

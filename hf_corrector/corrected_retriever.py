@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_corrector.affine_view import AffineView, CorrectedRows
+from hf_corrector.affine_view import AffineView
 from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.index.base import RowVectors
 from hf_corrector.index.scan import check_k
@@ -178,7 +179,7 @@ class CorrectedRetriever:
         if options.direction == "queries":
             index = self._faiss() if self.backend == "faiss" else None
             return QueriesBackward(self.vectors, self.corrector, index, device=options.device)
-        rows = CorrectedRows(self.vectors, self.corrector, self.side)
+        rows = self._corrected_rows()
         view = AffineView.of(self.corrector)
         match self.backend:
             case "exact":
@@ -204,7 +205,11 @@ class CorrectedRetriever:
                     rows, view, self._faiss(), shortlist=options.shortlist, parameters=options.parameters
                 )
 
-    def _fit(self, rows: CorrectedRows, *, normalize: bool) -> AffineView:
+    def _corrected_rows(self) -> CorrectedTargets:
+        device = self.corrector.fitted_pairs.device
+        return CorrectedTargets(self.vectors, self.corrector, side=self.side, device=device, snapshot_bytes=0)
+
+    def _fit(self, rows: CorrectedTargets, *, normalize: bool) -> AffineView:
         return AffineView.fit(rows, normalize=normalize, fit_rows=self.options.fit_rows, seed=self.options.seed)
 
     def _faiss(self) -> FaissIndex:
@@ -245,7 +250,7 @@ class CorrectedRetriever:
 
     def _check_sizes(self) -> None:
         if self.options.direction == "targets":
-            CorrectedRows(self.vectors, self.corrector, self.side)
+            self._corrected_rows()
             return
         config = self.corrector.config
         if config.output_dim != self.vectors.dim or config.side is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.index.base import TargetVectors
+from hf_corrector.index.base import RowVectors
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.side_features import SideFeatures
 
@@ -28,7 +28,7 @@ class CorrectedTargets:
 
     def __init__(
         self,
-        stale: TargetVectors,
+        stale: RowVectors,
         corrector: CorrectorModel | None = None,
         *,
         side: SideFeatures | None = None,
@@ -41,7 +41,7 @@ class CorrectedTargets:
                 got=f"size {stale.dim}", cure="Use the corrector that was fitted for this cache.",
             )  # fmt: skip
         self.stale, self.corrector, self.device = stale, corrector, torch.device(device)
-        self._side = _wanted_side(stale, corrector, side)
+        self.side = _wanted_side(stale, corrector, side)
         self.dim = stale.dim if corrector is None else int(corrector.config.output_dim or stale.dim)
         self._fits = len(stale) * self.dim * 4 <= snapshot_bytes
         self._snapshot: torch.Tensor | None = None
@@ -57,7 +57,7 @@ class CorrectedTargets:
         """Return corrected rows ``start`` to ``stop``, ``(stop − start, dim)`` float32."""
         if self._fits:
             if self._snapshot is None:
-                self._snapshot = self._correct_all()
+                self._snapshot = self.snapshot()
             return self._snapshot[start:stop]
         return self._correct(self.stale.read(start, stop), self._read_side(start, stop))
 
@@ -70,12 +70,12 @@ class CorrectedTargets:
         if self._fits:
             return self.read(0, len(self))[rows.to(self.device)]
         unique, positions = torch.unique(rows.cpu(), return_inverse=True)
-        pieces = [self.stale.read(row, row + 1) for row in unique.tolist()] or [self.stale.read(0, 0)]
-        corrected = self._correct(torch.cat(pieces), None if self._side is None else self._side.gather(unique))
+        side = None if self.side is None else self.side.gather(unique)
+        corrected = self._correct(self.stale.gather(unique), side)
         return corrected[positions.to(corrected.device)]
 
     def _read_side(self, start: int, stop: int) -> torch.Tensor | None:
-        return None if self._side is None else self._side.read(start, stop)
+        return None if self.side is None else self.side.read(start, stop)
 
     @torch.no_grad()
     def _correct(self, stale: torch.Tensor, side: torch.Tensor | None) -> torch.Tensor:
@@ -85,7 +85,8 @@ class CorrectedTargets:
         corrected: torch.Tensor = self.corrector(stale, None if side is None else side.to(self.device))
         return corrected
 
-    def _correct_all(self) -> torch.Tensor:
+    def snapshot(self) -> torch.Tensor:
+        """Return all corrected rows, ``(rows, dim)`` float32."""
         snapshot = torch.empty(len(self), self.dim, device=self.device)
         for start in range(0, len(self), READ_ROWS):
             stop = min(start + READ_ROWS, len(self))
@@ -93,9 +94,7 @@ class CorrectedTargets:
         return snapshot
 
 
-def _wanted_side(
-    stale: TargetVectors, corrector: CorrectorModel | None, side: SideFeatures | None
-) -> SideFeatures | None:
+def _wanted_side(stale: RowVectors, corrector: CorrectorModel | None, side: SideFeatures | None) -> SideFeatures | None:
     """Return the side features if the corrector reads any, after checking that they are those of these targets."""
     if corrector is None or corrector.config.side is None:
         return None

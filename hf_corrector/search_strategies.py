@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_corrector.affine_view import AffineView, CorrectedRows
+from hf_corrector.affine_view import AffineView
+from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.index.base import RowVectors, SearchResult, TensorVectors, pack, unpack
 from hf_corrector.index.exact import RowMask
 from hf_corrector.index.products import Probe
@@ -48,7 +49,7 @@ class Strategy(Protocol):
 class _Judge:
     """Scores of pairs by the corrector itself."""
 
-    rows: CorrectedRows
+    rows: CorrectedTargets
     queries: torch.Tensor
 
     def of_pairs(self, lines: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,7 @@ class _Judge:
 class ExactStrategy:
     """Scan corrected rows, from a snapshot or corrected on the way."""
 
-    def __init__(self, rows: CorrectedRows, *, snapshot: str, device: str) -> None:
+    def __init__(self, rows: CorrectedTargets, *, snapshot: str, device: str) -> None:
         source: RowVectors = TensorVectors(rows.snapshot()) if snapshot == "float32" else rows
         self.index = ScanIndex(source, keep=snapshot == "bfloat16", changing=snapshot == "none", device=device)
 
@@ -88,7 +89,7 @@ class ExactStrategy:
 class FoldedStrategy:
     """Scan stale rows by the folded query; pairs that may be among the best are scored by the corrector."""
 
-    def __init__(self, rows: CorrectedRows, view: AffineView, *, device: str) -> None:
+    def __init__(self, rows: CorrectedTargets, view: AffineView, *, device: str) -> None:
         self.rows, self.view = rows, view
         self.scanned = ScannedRows(rows.stale, device=device)
         self.inverse_norms = view.inverse_norms(rows.stale)
@@ -107,7 +108,7 @@ class TwoStageStrategy:
     """Shortlist by the folded query of an affine map, judged by the corrector; optionally with a certificate."""
 
     def __init__(
-        self, rows: CorrectedRows, view: AffineView, *, shortlist: int | None, certify: bool, device: str
+        self, rows: CorrectedTargets, view: AffineView, *, shortlist: int | None, certify: bool, device: str
     ) -> None:
         self.rows, self.view, self.shortlist = rows, view, shortlist
         self.scanned = ScannedRows(rows.stale, device=device)
@@ -138,7 +139,7 @@ class FaissStrategy:
     """Shortlist by a faiss index of the stale vectors, judged by the corrector."""
 
     def __init__(
-        self, rows: CorrectedRows, view: AffineView, index: FaissIndex, *, shortlist: int | None,
+        self, rows: CorrectedTargets, view: AffineView, index: FaissIndex, *, shortlist: int | None,
         parameters: FaissParameters | None,
     ) -> None:  # fmt: skip
         self.rows, self.view, self.index = rows, view, index
@@ -178,5 +179,5 @@ def _proved(found: SearchResult) -> CorrectedResult:
     return CorrectedResult(found.rows, found.scores, exact=torch.ones(len(found.rows), dtype=torch.bool))
 
 
-def _mask(excluded: Excluded, queries: torch.Tensor, rows: CorrectedRows) -> RowMask | None:
+def _mask(excluded: Excluded, queries: torch.Tensor, rows: CorrectedTargets) -> RowMask | None:
     return None if excluded is None else RowMask(excluded, queries=len(queries), targets=len(rows))

@@ -21,12 +21,13 @@ ORDER = """
 ground      version errors _files _distributed _extras records
 pure        batching metrics sampling losses learning_curves side_features fitting pair_choice
 islands     models cache index data
-bridges     encoding corrected_targets candidate_sampling affine_view search_strategies corrected_retriever overlaid_targets corrected_cache
+bridges     encoding corrected_targets candidate_sampling overlaid_targets corrected_cache
+retrieval   affine_view search_strategies corrected_retriever
 judgement   evaluation
 training    training planning
 upgrade     index_upgrade
 leaves      cli
-"""  # noqa: E501
+"""
 LEVELS = {line.split()[0]: line.split()[1:] for line in ORDER.strip().splitlines()}
 UNITS = [unit for units in LEVELS.values() for unit in units]
 ISLANDS, LEAVES = LEVELS["islands"], LEVELS["leaves"]

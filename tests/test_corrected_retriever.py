@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from hf_corrector.affine_view import AffineView, CorrectedRows, least_squares
+from hf_corrector.affine_view import AffineView, least_squares
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_retriever import CorrectedRetriever, RetrieverOptions
+from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.index.base import SearchResult, TensorVectors
 from hf_corrector.index.exact import ExactIndex
@@ -271,7 +272,7 @@ def test_queries_that_do_not_fit_are_refused() -> None:
 
 def test_corrected_rows_are_corrected_once_each_and_in_order() -> None:
     corrector = corrector_of("residual_mlp")
-    rows, expected = CorrectedRows(STALE, corrector), corrector.correct(STALE.tensor)
+    rows, expected = CorrectedTargets(STALE, corrector, snapshot_bytes=0), corrector.correct(STALE.tensor)
     wanted = torch.tensor([5, 3, 5, 8999])
     torch.testing.assert_close(rows.gather(wanted), expected[wanted])
     torch.testing.assert_close(rows.read(10, 20), expected[10:20])
@@ -289,7 +290,7 @@ def test_least_squares_finds_an_affine_map_that_is_there() -> None:
 
 
 def test_slack_bounds_what_the_map_misses() -> None:
-    rows = CorrectedRows(STALE, corrector_of("residual_mlp"))
+    rows = CorrectedTargets(STALE, corrector_of("residual_mlp"), snapshot_bytes=0)
     view = AffineView.fit(rows, normalize=True, fit_rows=500)
     inverse = view.inverse_norms(STALE)
     mapped = (STALE.tensor.double() @ view.weight.T + view.offset) * inverse[:, None].double()

@@ -131,7 +131,7 @@ def line_of(name: str, cosine: float, report: UpgradeReport) -> str:
     )  # fmt: skip
     old, stale, corrected, fresh = found
     quality = f"{old:7.3f}  {stale:7.3f}  {corrected:9.3f}  {fresh:7.3f}"
-    return f"{name:<35} {cosine:6.3f}  {quality}   {shown}   {report.decision}"
+    return f"{name:<35} {cosine:6.3f}  {quality}   {shown}   {report.decision.decision}"
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main() -> None:
                 )
                 if draw == 0:
                     print(f"## {steps} steps, {direction}\n{report.table()}\n\n{report.verdict}\n", flush=True)
-                judged.append((report.decision, report.judgement.per_query))
+                judged.append((report.decision.decision, report.judgement.per_query))
             print_draws(judged)
 
 

@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from hf_corrector.cache.side_store import open_side
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import (
     DTYPES,
@@ -19,8 +18,9 @@ from hf_corrector.cli.common import (
     parser,
     plain_arguments,
     quieten,
+    side_of,
 )
-from hf_corrector.corrected_cache import DEFAULT_SHARD_ROWS, ApplyOptions, side_kind, write_corrected
+from hf_corrector.corrected_cache import DEFAULT_SHARD_ROWS, ApplyOptions, write_corrected
 from hf_corrector.errors import ConfigurationError, InputError
 from hf_corrector.records import COSTS, EncoderFingerprint, FittedTargets, RunRecord
 
@@ -37,10 +37,9 @@ def run(argv: list[str]) -> int:
     quieten()
     cache, started = TargetCache.open(arguments.cache), time.time()
     corrector, fitted = corrector_of_cache(arguments.corrector, cache)
-    kind = side_kind(corrector)
     corrected = write_corrected(
         corrector, cache, Path(arguments.output_dir), encoder=_encoder(arguments, cache, fitted),
-        side=None if kind is None else open_side(cache, kind),
+        side=side_of(cache, corrector),
         options=ApplyOptions(
             cache_dtype=arguments.cache_dtype, device=arguments.device, shard_rows=arguments.shard_rows,
             progress=not arguments.quiet,

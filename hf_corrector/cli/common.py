@@ -13,7 +13,9 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_corrector._extras import demo_encoder
+from hf_corrector.cache.side_store import open_side
 from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.corrected_cache import side_kind
 from hf_corrector.data.datasets import load_retrieval_data
 from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.data.stdlib import standard_library_data
@@ -23,6 +25,8 @@ from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.sentence_transformers_format import read_repository_json
 from hf_corrector.records import RECORD_FILE, FittedTargets
+from hf_corrector.side_features import SideFeatures
+from hf_corrector.training.checks import check_made_by
 
 STDLIB = "stdlib"
 DATA_HELP = "BEIR folder or Hub data set; by default 'stdlib', made from Python's own standard library"
@@ -225,3 +229,32 @@ def quieten() -> None:
     """Leave transformers' reports to its own users; errors still show."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def load_old_model(arguments: argparse.Namespace, model: DualEncoderModel, cache: TargetCache) -> DualEncoderModel:
+    """Load the encoder a cache was made with; a plain one gets the settings of the encoder that came of it.
+
+    Raises:
+        CacheMismatchError: If another encoder made the cache.
+    """
+    name, config = arguments.old_model, model.config
+    if is_dual_encoder(name):
+        old = DualEncoderModel.from_pretrained(name)
+    else:
+        old = DualEncoderModel.from_encoder(
+            name, num_hidden_layers=config.encoder.get_text_config().num_hidden_layers, pooling=config.pooling,
+            query_prompt=config.query_prompt, target_prompt=config.target_prompt, normalize=config.normalize,
+            query_max_length=config.query_max_length, target_max_length=config.target_max_length,
+        )  # fmt: skip
+    check_made_by(cache, old)
+    return on_device(old, arguments.device)
+
+
+def side_of(cache: TargetCache, corrector: CorrectorModel) -> SideFeatures | None:
+    """Open the side features that a corrector reads; None for one that reads none.
+
+    Raises:
+        CacheError: If the cache does not hold them.
+    """
+    kind = side_kind(corrector)
+    return None if kind is None else open_side(cache, kind)

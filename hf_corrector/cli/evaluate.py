@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from hf_corrector.cache.side_store import open_side
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import (
     DTYPES,
@@ -17,27 +16,25 @@ from hf_corrector.cli.common import (
     add_data_argument,
     add_device_argument,
     add_model_arguments,
-    is_dual_encoder,
     judged_split,
     load_corrector,
     load_data,
+    load_old_model,
     new_output_folder,
-    on_device,
     parser,
     plain_arguments,
     quieten,
+    side_of,
 )
-from hf_corrector.corrected_cache import check_comparable, side_kind
+from hf_corrector.corrected_cache import check_comparable
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.retrieval import column, positives_as_rows, texts_hash
 from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CacheMismatchError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.staleness import Conditions, measure_staleness
-from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.records import COSTS, FittedTargets, RunRecord
-from hf_corrector.training.checks import check_made_by
 
 EXAMPLES = """\
   hf-corrector evaluate --cache cache --model out --corrector out/corrector --data my_beir_folder --output_dir judged
@@ -68,13 +65,14 @@ def run(argv: list[str]) -> int:
             "note: nothing says which of these targets the corrector was fitted on, so all queries count as clean; "
             "if it was fitted on some, its numbers are too good"
         )
-    old = None if arguments.old_model is None else _old_model(arguments, model, cache)
+    old = None if arguments.old_model is None else load_old_model(arguments, model, cache)
     options = EncodeOptions(compute_dtype=arguments.compute_dtype, progress=not arguments.quiet)
     fresh = build_cache(model, data.corpus, out / "fresh", options=options)
     report = measure_staleness(
         Conditions(
             queries=_encode(model, split, arguments), stale=cache,
-            corrected=_corrected(cache, corrector), fresh=fresh.cache,
+            corrected=None if corrector is None else CorrectedTargets(cache, corrector, side=side_of(cache, corrector)),
+            fresh=fresh.cache,
             old_queries=None if old is None else _encode(old, split, arguments), old=cache,
         ),
         positives_as_rows(split, data.corpus),
@@ -91,13 +89,6 @@ def run(argv: list[str]) -> int:
     ).save(out)  # fmt: skip
     print(f"{report.table()}\n\n{report.judgement.sentence()}")
     return 0
-
-
-def _corrected(cache: TargetCache, corrector: CorrectorModel | None) -> CorrectedTargets | None:
-    if corrector is None:
-        return None
-    kind = side_kind(corrector)
-    return CorrectedTargets(cache, corrector, side=None if kind is None else open_side(cache, kind))
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -119,18 +110,3 @@ def _flags() -> argparse.ArgumentParser:
 
 def _encode(model: DualEncoderModel, split: Dataset, arguments: argparse.Namespace) -> torch.Tensor:
     return model.encode_query(column(split, "query"), compute_dtype=arguments.compute_dtype)
-
-
-def _old_model(arguments: argparse.Namespace, model: DualEncoderModel, cache: TargetCache) -> DualEncoderModel:
-    """Load the encoder a cache was made with; a plain one gets the settings of the encoder that came of it."""
-    name, config = arguments.old_model, model.config
-    if is_dual_encoder(name):
-        old = DualEncoderModel.from_pretrained(name)
-    else:
-        old = DualEncoderModel.from_encoder(
-            name, num_hidden_layers=config.encoder.get_text_config().num_hidden_layers, pooling=config.pooling,
-            query_prompt=config.query_prompt, target_prompt=config.target_prompt, normalize=config.normalize,
-            query_max_length=config.query_max_length, target_max_length=config.target_max_length,
-        )  # fmt: skip
-    check_made_by(cache, old)
-    return on_device(old, arguments.device)

@@ -20,12 +20,12 @@ from hf_corrector.cli.common import (
     add_device_argument,
     add_model_arguments,
     load_data,
+    load_old_model,
     new_output_folder,
     parser,
     plain_arguments,
     quieten,
 )
-from hf_corrector.cli.evaluate import _old_model as load_old_model
 from hf_corrector.data.retrieval import RetrievalData, column, positives_as_rows, texts_hash
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError, InputError
 from hf_corrector.evaluation.evaluator import clean_queries

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from hf_corrector.cache.side_store import open_side
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import (
     DATA_HELP,
@@ -15,8 +14,9 @@ from hf_corrector.cli.common import (
     load_data,
     parser,
     quieten,
+    side_of,
 )
-from hf_corrector.corrected_cache import check_comparable, side_kind
+from hf_corrector.corrected_cache import check_comparable
 from hf_corrector.corrected_retriever import BACKENDS, CorrectedRetriever, RetrieverOptions
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.errors import CacheMismatchError, ConfigurationError
@@ -97,9 +97,7 @@ def _retriever(
         snapshot="none", shortlist=arguments.shortlist, certify=arguments.certify, factory=factory or None,
         parameters=parameters, device=arguments.device, fitted=fitted,
     )  # fmt: skip
-    kind = side_kind(corrector)
-    side = None if kind is None else open_side(cache, kind)
-    return CorrectedRetriever(cache, corrector, side=side, backend=backend, options=options)
+    return CorrectedRetriever(cache, corrector, side=side_of(cache, corrector), backend=backend, options=options)
 
 
 def _check_own(cache: TargetCache, model: DualEncoderModel) -> None:

@@ -244,11 +244,13 @@ class CorrectorModel(PreTrainedModel):
             base = stale if square else F.linear(stale, self.skip)
             return base + self.output(_ACTIVATION[self.config.activation](self.hidden(stale)))
         # Kept as a displacement of z (and not as I + A) so that small corrections keep all their digits.
-        centred = stale - self.mean
         if self.config.kind == "low_rank":
-            displacement = F.linear(F.linear(centred, self.down), self.up, self.bias)
+            displacement = F.linear(F.linear(stale - self.mean, self.down), self.up, self.bias)
         else:
-            displacement = F.linear(centred, self.weight, self.bias)
+            # The mean goes into the offset, which saves a pass over all vectors; in float64, whose rounded result does
+            # not depend on where in memory a loaded weight happens to lie.
+            offset = self.bias.double() - self.weight.double() @ self.mean.double()
+            displacement = F.linear(stale, self.weight, offset.float())
         if self.config.kind == "kernel":
             displacement = displacement + self._radial(stale) @ self.landmark_weight
         return stale + displacement if square else displacement
