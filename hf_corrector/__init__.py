@@ -14,14 +14,18 @@ from hf_corrector.version import __version__
 
 if TYPE_CHECKING:
     from hf_corrector.cache.target_cache import TargetCache
+    from hf_corrector.corrected_retriever import CorrectedRetriever, RetrieverOptions
     from hf_corrector.data.datasets import RetrievalData, from_pairs, load_retrieval_data
     from hf_corrector.data.stdlib import standard_library_data
-    from hf_corrector.encoding import EncodeOptions, build_cache
+    from hf_corrector.encoding import EncodeOptions, build_cache, update_cache
     from hf_corrector.evaluation.staleness import measure_staleness
+    from hf_corrector.index_upgrade.options import UpgradeOptions
     from hf_corrector.index_upgrade.report import UpgradeReport
     from hf_corrector.index_upgrade.upgrading import upgrade
     from hf_corrector.records import EncoderFingerprint, RunRecord
+    from hf_corrector.side_features import DenseSide, TokenCounts
     from hf_corrector.training.arguments import DualEncoderTrainingArguments
+    from hf_corrector.training.corrector_choice import choose_corrector
     from hf_corrector.training.corrector_fit import fit_corrector
     from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
@@ -40,6 +44,13 @@ _HOMES = {
     # No module is called "upgrade": importing one would put it in the function's place.
     "upgrade": "hf_corrector.index_upgrade.upgrading",
     "UpgradeReport": "hf_corrector.index_upgrade.report",
+    "CorrectedRetriever": "hf_corrector.corrected_retriever",
+    "RetrieverOptions": "hf_corrector.corrected_retriever",
+    "choose_corrector": "hf_corrector.training.corrector_choice",
+    "DenseSide": "hf_corrector.side_features",
+    "TokenCounts": "hf_corrector.side_features",
+    "UpgradeOptions": "hf_corrector.index_upgrade.options",
+    "update_cache": "hf_corrector.encoding",
     "EncoderFingerprint": "hf_corrector.records",
     "RunRecord": "hf_corrector.records",
 }
@@ -62,6 +73,13 @@ __all__ = [
     "measure_staleness",
     "upgrade",
     "UpgradeReport",
+    "CorrectedRetriever",
+    "RetrieverOptions",
+    "choose_corrector",
+    "DenseSide",
+    "TokenCounts",
+    "UpgradeOptions",
+    "update_cache",
     "EncoderFingerprint",
     "RunRecord",
     "__version__",

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hf_corrector.cli.main import main
-from hf_corrector.models import DualEncoderModel
+from hf_corrector.data.datasets import load_retrieval_data
+from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,6 +58,50 @@ def test_the_shell_examples_run(workplace: Path) -> None:
     for line in lines:
         words = shlex.split(line.replace("--max_steps 1000", "--max_steps 3 --report_to none"))
         assert words[0] == "hf-corrector" and main(words[1:]) == 0, line
+
+
+@pytest.fixture
+def upgradable(workplace: Path) -> Path:
+    """The workplace with an old_cache and a new-model whose vectors differ a little."""
+    encoder = "intfloat/e5-base-v2"
+    assert main(["embed", "--data", "my_beir_folder", "--model", encoder, "--output_dir", "old_cache", "--quiet"]) == 0
+    model = DualEncoderModel.from_encoder(encoder)
+    with torch.no_grad():
+        for number, weight in enumerate(model.encoder.parameters()):
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+    model.save_pretrained("new-model")
+    return workplace
+
+
+def test_the_upgrade_example_runs(upgradable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = block("python", "import upgrade").replace("num_pairs=2000", "num_pairs=30")
+    names: dict[str, object] = {"data": load_retrieval_data("my_beir_folder")}
+    exec(compile(code, "README.md", "exec"), names)
+    assert "full re-embed" in capsys.readouterr().out
+    assert names["report"].go == Path("new_cache").is_dir()  # type: ignore[attr-defined]
+
+
+def test_the_upgrade_commands_run(upgradable: Path) -> None:
+    lines = block("bash", "--old-cache").strip().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line.replace("--pairs 2000", "--pairs 30"))
+        status = main(words[1:])
+        assert status in ((0, 3, 4) if words[1] == "upgrade" else (0,)), line
+
+
+def test_the_retriever_example_runs(upgradable: Path) -> None:
+    corrector = CorrectorModel(CorrectorConfig(kind="affine", input_dim=32))
+    names: dict[str, object] = {"corrector": corrector, "query_vectors": torch.randn(2, 32)}
+    exec(compile(block("python", "CorrectedRetriever("), "README.md", "exec"), names)
+    assert names["found"].rows.shape == (2, 10)  # type: ignore[attr-defined]
+
+
+def test_the_plan_command_runs(upgradable: Path) -> None:
+    command = re.search(r"`(hf-corrector plan [^`]*)`", README)
+    assert command is not None
+    words = shlex.split(command.group(1).replace("\n", " ").replace("--probe 500", "--probe 45"))
+    assert main(words[1:]) == 0
 
 
 def test_ci_runs_the_commands_of_the_readme() -> None:
