@@ -82,7 +82,7 @@ def test_networks_are_left_out_above_so_many_pairs_and_named() -> None:
     chosen = choose_corrector(candidates, ChoiceOptions(network_pairs=100))
     assert chosen.name == "mean_shift"
     assert chosen.rows[-1].loss is None
-    assert "residual_mlp was not compared" in chosen.sentence
+    assert "not compared: residual_mlp" in chosen.sentence
     alone = choose_corrector({"residual_mlp": candidates["residual_mlp"]}, ChoiceOptions(network_pairs=100))
     assert alone.name == "residual_mlp"
 

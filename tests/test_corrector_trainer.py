@@ -239,3 +239,13 @@ def test_interrupted_fitting_with_tokens_goes_on_as_if_never_interrupted(kind: s
     second.load_state(save_and_load(tmp_path)(first.state()))
     follow(second, drift, range(13, 24))
     assert torch.equal(second.corrector.correct(drift.stale, counts), whole.corrector.correct(drift.stale, counts))
+
+
+def test_network_beside_tokens_has_been_fitted_to_all_targets_it_ever_saw() -> None:
+    counts, drift = token_counts(), Drift()
+    online = lexical_online("residual_mlp", counts, drift)
+    seen: set[int] = set()
+    for step in range(3 * QUICK.window):
+        seen |= set(drift.rows(step).tolist())
+    follow(online, drift, range(3 * QUICK.window))
+    assert set(online.fitted_rows.tolist()) == seen

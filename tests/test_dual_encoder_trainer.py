@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -342,6 +343,18 @@ def test_held_out_positives_are_never_fitted_on_so_every_query_is_clean(
         assert trainer.judge(data.test).judgement.clean_queries == len(data.test)
         with pytest.raises(ConfigurationError, match="before prepare"):
             trainer.hold_out(data.test)
+
+
+def test_copies_of_held_out_positives_are_held_out_too(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    positive = data.dev[0]["positive_ids"][0]
+    row = column(data.corpus, "id").index(positive)
+    copy = {**data.corpus[row], "id": "copy", "text": "  " + data.corpus[row]["text"].upper()}
+    corpus = Dataset.from_list([*data.corpus, copy], features=data.corpus.features)
+    trainer = trainer_for(tiny_encoder, dataclasses.replace(data, corpus=corpus), tmp_path)
+    trainer.hold_out(data.dev)
+    assert {row, len(corpus) - 1} <= set(trainer._held_out.tolist())
 
 
 def test_evaluate_reports_what_training_would_search(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:

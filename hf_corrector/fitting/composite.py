@@ -262,7 +262,15 @@ def solve_dual(
     if pairs.clock is not None:
         kernel.mul_(time_kernel(pairs.clock.to(dtype)))
     kernel.diagonal().add_(noise_of(pairs).to(dtype))
-    factor = torch.linalg.cholesky(kernel)
+    factor, failed = torch.linalg.cholesky_ex(kernel)
+    if bool(failed) and dtype != torch.float64:
+        # Rounding made it indefinite: strengths far above the noise. The same solution, in the precision it needs.
+        return solve_dual(blocks, residual, pairs, strengths)
+    if bool(failed):
+        raise ConfigurationError(
+            "corrector fit", expected="a positive definite kernel", got="one that rounding made indefinite",
+            cure="Remove near-duplicate targets, or use kind 'affine'.",
+        )  # fmt: skip
     return torch.cholesky_solve(residual.to(dtype), factor).double()
 
 

@@ -29,7 +29,8 @@ class CorrectorConfig(PreTrainedConfig):
         output_dim: Size of a corrected vector; ``input_dim`` if not given.
         hidden_dim: Width of the hidden layer of ``"residual_mlp"``; twice ``input_dim`` if not given.
         activation: ``"relu"``, ``"gelu"`` or ``"silu"``.
-        rank: Rank of ``"low_rank"``; chosen by the fit if not given.
+        rank: Rank of ``"low_rank"``; chosen by the fit if not given (64 with side features).
+        fitted_rank: The rank it has; set by the fit.
         num_landmarks: Landmarks of ``"kernel"``, at most; a fit to fewer pairs takes fewer.
         landmark_rows: How many landmarks there are; set by the fit.
         side: What h reads of a target besides its stale vector: ``"tokens"`` (counts of its tokens and token pairs,
@@ -50,6 +51,7 @@ class CorrectorConfig(PreTrainedConfig):
     hidden_dim: int | None = None
     activation: str = "gelu"
     rank: int | None = None
+    fitted_rank: int | None = None
     num_landmarks: int = 2048
     landmark_rows: int = 0
     side: str | None = None

@@ -73,7 +73,7 @@ class CorrectorModel(PreTrainedModel):
             case "mean_shift":
                 self.register_buffer("shift", torch.zeros(dim_out))
             case "low_rank":
-                rank = min(dim_in, dim_out) if config.rank is None else config.rank
+                rank = config.fitted_rank or min(config.rank or dim_in, dim_in, dim_out)
                 self.register_buffer("down", torch.empty(rank, dim_in))
                 self.register_buffer("up", torch.empty(dim_out, rank))
             case "kernel":
@@ -188,7 +188,7 @@ class CorrectorModel(PreTrainedModel):
     def _note_sizes(self) -> None:
         """Bring the configuration up to the sizes a fit decided, so that a saved corrector loads."""
         if "down" in self._buffers:
-            self.config.rank = len(self.down)
+            self.config.fitted_rank = len(self.down)
         if "landmarks" in self._buffers:
             self.config.landmark_rows = len(self.landmarks)
         if "side_table" in self._buffers:
@@ -324,7 +324,7 @@ class CorrectorModel(PreTrainedModel):
         Args:
             vectors: Stale target embeddings, ``(n, input_dim)``, a torch tensor or a numpy array.
             side: Side features of the same targets for a corrector that reads some: anything with
-                ``read(start, stop)``, for instance ``TokenCounts``, or a dense tensor or array.
+                ``read(start, stop)``, for instance ``TokenCounts``, or a CSR or dense tensor or an array.
 
         Returns:
             Corrected embeddings, ``(n, output_dim)``, float32, of the type and on the device that came in.
@@ -335,6 +335,11 @@ class CorrectorModel(PreTrainedModel):
         device = torch.device("cpu") if isinstance(vectors, np.ndarray) else vectors.device
         here = self.fitted_pairs.device
         corrected = torch.empty(len(vectors), int(self.config.output_dim or 0), dtype=torch.float32, device=device)
+        if side is not None and len(side) != len(vectors):
+            raise ValueError(
+                f"CorrectorModel: expected side features of the same {len(vectors)} targets; got {len(side)} rows. "
+                "Pass one row for every vector."
+            )
         for start in range(0, max(len(vectors), 1), CORRECT_CHUNK_ROWS):
             rows = vectors[start : start + CORRECT_CHUNK_ROWS]
             # Copied, as an array may be read-only or run backwards; in chunks, as it may be larger than memory.
@@ -359,9 +364,13 @@ def _read_side(side: Any, start: int, stop: int) -> torch.Tensor | None:
     if not isinstance(side, torch.Tensor):
         found: torch.Tensor = side.read(start, stop)
         return found
-    if side.layout == torch.sparse_csr:
-        return side if (start, stop) == (0, len(side)) else side.index_select(0, torch.arange(start, stop))
-    return side[start:stop]
+    if side.layout == torch.sparse_csr and (start, stop) != (0, len(side)):
+        starts = side.crow_indices()[start : stop + 1]
+        part = slice(int(starts[0]), int(starts[-1]))
+        columns, values = side.col_indices()[part], side.values()[part]
+        shape = (stop - start, side.shape[1])
+        return torch.sparse_csr_tensor(starts - starts[0], columns, values, size=shape, check_invariants=True)
+    return side if side.layout == torch.sparse_csr else side[start:stop]
 
 
 def _refuse_bad_row(chunk: torch.Tensor, start: int) -> None:

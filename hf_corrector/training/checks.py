@@ -14,7 +14,14 @@ from hf_corrector.cache.manifest import check_fingerprint
 from hf_corrector.cache.side_store import open_side
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.pairs import from_pairs
-from hf_corrector.data.retrieval import RetrievalData, column, texts_hash, validate, with_optional_columns
+from hf_corrector.data.retrieval import (
+    RetrievalData,
+    column,
+    positives_as_rows,
+    texts_hash,
+    validate,
+    with_optional_columns,
+)
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.models.configuration_corrector import CorrectorConfig
 from hf_corrector.models.modeling_corrector import CorrectorModel
@@ -116,6 +123,17 @@ def attach_corrector(
         model.config.corrector = config
     if model.corrector is not None:
         model.corrector.requires_grad_(False)
+
+
+def rows_to_hold_out(splits: tuple[Dataset, ...], targets: Dataset) -> torch.Tensor:
+    """Return the rows of all positives of some queries, and of targets with the same text, ascending, ``(n,)`` int64.
+
+    Texts count as the same whatever their case and spaces: being fitted on a copy is being fitted on the original.
+    """
+    rows = {row for split in splits for known in positives_as_rows(split, targets) for row in known}
+    texts = [" ".join(text.lower().split()) for text in column(targets, "text")]
+    wanted = {texts[row] for row in rows}
+    return torch.tensor([row for row, text in enumerate(texts) if text in wanted], dtype=torch.int64)
 
 
 def _side_settings(model: DualEncoderModel, side: str | None, cache: TargetCache | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_corrector.errors import ConfigurationError
+from hf_corrector.errors import ConfigurationError, HFCorrectorError
 from hf_corrector.fitting import CompositePlan, Pairs
 from hf_corrector.metrics import Interval, paired_bootstrap
 from hf_corrector.models.modeling_corrector import CorrectorModel
@@ -45,7 +45,8 @@ class ChoiceOptions:
             queries, correctors are compared by the total variation they leave between the softmax over fresh and over
             corrected vectors; without, by squared distance to the fresh vectors.
         scale: Inverse temperature of that softmax.
-        network_pairs: Candidates trained by gradient descent are left out above so many pairs.
+        network_pairs: Candidates trained by gradient descent are left out above so many pairs; so is a candidate that
+            cannot be fitted to a part of them.
         seed: Seed of the folds, of fits and of the bootstrap.
     """
 
@@ -112,8 +113,18 @@ def choose_corrector(candidates: Mapping[str, Fitted], options: ChoiceOptions | 
         if one.model.config.kind == "residual_mlp" and len(one.pairs) > options.network_pairs
     }
     compared = {name: one for name, one in candidates.items() if name not in slow or len(slow) == len(candidates)}
-    losses = {name: held_out_losses(one, options) for name, one in compared.items()}
-    slow -= losses.keys()
+    losses, failed = {}, {}
+    for name, one in compared.items():
+        try:
+            losses[name] = held_out_losses(one, options)
+        except (HFCorrectorError, RuntimeError) as error:
+            failed[name] = str(error)
+    if not losses:
+        raise ConfigurationError(
+            "choice of corrector", expected="a candidate that can be fitted to a part of the pairs", got=str(failed),
+            cure="Give more pairs, or name a kind.",
+        )  # fmt: skip
+    slow = {name for name in candidates if name not in losses}
     ordered = sorted(losses, key=lambda name: float(losses[name].mean()))
     bootstrap = paired_bootstrap(losses, generator=np.random.default_rng(options.seed), resamples=2000)
     rows = [ChoiceRow(name, float(losses[name].mean()), bootstrap.difference(name, ordered[0])) for name in ordered]
@@ -126,7 +137,8 @@ def held_out_losses(fitted: Fitted, options: ChoiceOptions) -> npt.NDArray[np.fl
     predicted = out_of_fold(fitted, seed=options.seed)
     fresh = fitted.pairs.fresh
     if options.queries is None:
-        return (predicted.double() - fresh).square().sum(dim=1).numpy()
+        errors = (predicted.double() - fresh).square().sum(dim=1)
+        return (errors * fitted.pairs.weights / fitted.pairs.weights.mean()).numpy()
     step = max(1, -(-len(options.queries) // MAX_QUERIES))
     queries = options.queries[::step].detach().cpu().double()
     exact = torch.softmax(options.scale * queries @ fresh.T, dim=1)
@@ -151,7 +163,9 @@ def refit(model: CorrectorModel, pairs: Pairs, *, seed: int) -> CorrectorModel:
     summary = model.config.fit_summary or {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        like = CorrectorModel(copy.deepcopy(model.config))
+        config = copy.deepcopy(model.config)
+        config.rank = config.fitted_rank if config.rank is None else config.rank
+        like = CorrectorModel(config)
     if model.config.kind == "residual_mlp":
         return fit_to_pairs(like, pairs, fitting=CorrectorFitting(seed=seed))
     plan = CompositePlan(seed=seed)
@@ -174,4 +188,4 @@ def _sentence(rows: list[ChoiceRow], options: ChoiceOptions) -> str:
             f"; {others[0].name} follows, {behind.estimate:.4f} [{behind.low:.4f}, {behind.high:.4f}] behind{clear}"
         )
     slow = [row.name for row in rows if row.loss is None]
-    return sentence + (f"; with so many pairs {', '.join(slow)} was not compared." if slow else ".")
+    return sentence + (f"; not compared: {', '.join(slow)}." if slow else ".")

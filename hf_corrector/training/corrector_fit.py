@@ -29,6 +29,7 @@ from hf_corrector.models.modeling_corrector import CorrectorModel
 
 HELD_OUT_SHARE = 0.1
 PATIENCE = 5
+SIDE_FOLDS = 4
 # Of a low-rank corrector with side features, whose rank is not chosen by the fit.
 DEFAULT_RANK = 64
 
@@ -118,9 +119,10 @@ def fit_to_pairs(corrector: CorrectorModel, pairs: Pairs, *, fitting: CorrectorF
     if corrector.config.kind != "residual_mlp":
         solve_closed_form(corrector, pairs, search=Search(composite=CompositePlan(seed=fitting.seed)))
         return corrector
+    added = None
     if corrector.config.side is not None:
-        fit_side(corrector, pairs, plan=CompositePlan(seed=fitting.seed))
-    fit_gradient(corrector, pairs, fitting)
+        added = _cross_fitted_side(corrector, pairs, seed=fitting.seed)
+    fit_gradient(corrector, pairs, fitting, added=added)
     return corrector
 
 
@@ -175,7 +177,7 @@ def _solve_plain(
 
 def _low_rank_map(fit: AffineFit | CompositeFit, pairs: Pairs, rank: int) -> dict[str, torch.Tensor]:
     """Keep the ``rank`` directions in which a fit moves its pairs most, as weight = up · down."""
-    moved = (pairs.stale - fit.mean.double()) @ fit.weight.double().T
+    moved = (pairs.stale - fit.mean.double()) @ fit.weight.double().T * pairs.weights.sqrt()[:, None]
     _, directions = torch.linalg.eigh(moved.T @ moved)
     up = directions[:, -rank:]
     return {"mean": fit.mean, "bias": fit.bias, "up": up, "down": up.T @ fit.weight.double()}
@@ -222,6 +224,27 @@ def fit_side(corrector: CorrectorModel, pairs: Pairs, *, plan: CompositePlan) ->
     found = fit_composite(pairs, dataclasses.replace(plan, landmarks=0))
     corrector.load_parameters(side_parameters(found))
     corrector.config.fit_summary = _facts(found)
+
+
+def _cross_fitted_side(corrector: CorrectorModel, pairs: Pairs, *, seed: int) -> torch.Tensor:
+    """Fit what side features add, and return it for each pair as fits without that pair have it, ``(n, dim_out)``.
+
+    A network trained beside what a fit adds to its own pairs would take them for better explained than others are.
+    """
+    fit_side(corrector, pairs, plan=CompositePlan(seed=seed))
+    summary = corrector.config.fit_summary or {}
+    plan = CompositePlan(prior=summary["prior"], strengths=summary["strengths"], relative_width=0.0, seed=seed)
+    final = {name: corrector.get_buffer(name).clone() for name in corrector.state_dict() if name.startswith("side_")}
+    fold_of = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)) % min(SIDE_FOLDS, len(pairs))
+    added = torch.zeros(len(pairs), pairs.fresh.shape[1], device=corrector.fitted_pairs.device)
+    for fold in fold_of.unique().tolist():
+        others, own = (fold_of != fold).nonzero()[:, 0], (fold_of == fold).nonzero()[:, 0]
+        corrector.load_parameters(side_parameters(fit_composite(pairs.take(others), plan)))
+        side = pairs.take(own).side
+        if side is not None:
+            added[own.to(added.device)] = corrector.side_displacement(side.to(added.device))
+    corrector.load_parameters(final)
+    return added
 
 
 def _facts(found: CompositeFit) -> dict[str, object]:
@@ -287,25 +310,44 @@ def gradient_update(
     return float(loss.detach())
 
 
-def fit_gradient(corrector: CorrectorModel, pairs: Pairs, fitting: CorrectorFitting) -> None:
-    """Train a residual MLP, keeping the state that is best on a tenth of the targets; in place."""
+def fit_gradient(
+    corrector: CorrectorModel, pairs: Pairs, fitting: CorrectorFitting, *, added: torch.Tensor | None = None
+) -> None:
+    """Train a residual MLP, keeping the state that is best on a tenth of the targets; in place.
+
+    Args:
+        corrector: The network.
+        pairs: What to fit on; heavier pairs are drawn more often.
+        fitting: How to fit.
+        added: What side features add to each pair, ``(n, dim_out)``.
+    """
     generator = torch.Generator().manual_seed(fitting.seed)
     order = torch.randperm(len(pairs), generator=generator)
     held_out = order[: max(int(len(order) * HELD_OUT_SHARE), 1)]
     kept = order[len(held_out) :] if len(order) > 1 else order
     device = corrector.fitted_pairs.device
     stale, fresh = pairs.stale.float().to(device), pairs.fresh.float().to(device)
-    added = torch.zeros_like(fresh) if pairs.side is None else corrector.side_displacement(pairs.side.to(device))
+    added, weights = torch.zeros_like(fresh) if added is None else added, pairs.weights.to(device)
     if corrector.config.input_dim != corrector.config.output_dim:
         _start_from_affine(corrector, pairs)
     optimizer = torch.optim.AdamW(corrector.parameters(), lr=fitting.learning_rate, weight_decay=0.0)
-    best = _held_out_error(corrector, stale[held_out], fresh[held_out], added[held_out])
+
+    def held_out_error() -> float:
+        with torch.no_grad():
+            corrected = corrector.combine(stale[held_out], added[held_out])
+            errors = (corrected - fresh[held_out]).square().sum(dim=1).double()
+        return float((errors * weights[held_out]).sum() / weights[held_out].sum())
+
+    best = held_out_error()
     best_state, waited = {name: value.clone() for name, value in corrector.state_dict().items()}, 0
     for _ in range(fitting.max_epochs):
-        shuffled = kept[torch.randperm(len(kept), generator=generator)]
+        if bool((pairs.weights == pairs.weights[0]).all()):
+            shuffled = kept[torch.randperm(len(kept), generator=generator)]
+        else:
+            shuffled = kept[torch.multinomial(pairs.weights[kept], len(kept), True, generator=generator)]
         for batch in shuffled.split(fitting.batch_size):
             gradient_update(corrector, optimizer, stale[batch], fresh[batch], added=added[batch])
-        error = _held_out_error(corrector, stale[held_out], fresh[held_out], added[held_out])
+        error = held_out_error()
         waited += 1
         if error < best:
             best, waited = error, 0
@@ -318,11 +360,6 @@ def fit_gradient(corrector: CorrectorModel, pairs: Pairs, fitting: CorrectorFitt
     corrector.load_state_dict(best_state)
     corrector.fitted_pairs.fill_(len(pairs))
     corrector.config.fit_summary = {"pairs": len(pairs), "held_out_error": best}
-
-
-@torch.no_grad()
-def _held_out_error(corrector: CorrectorModel, stale: torch.Tensor, fresh: torch.Tensor, added: torch.Tensor) -> float:
-    return float(corrector_loss(corrector.combine(stale, added), fresh))
 
 
 def _start_from_affine(corrector: CorrectorModel, pairs: Pairs) -> None:

@@ -134,7 +134,9 @@ class OnlineCorrector:
             solve_closed_form(self.corrector, pairs, search=self._search(online=online))
         self._remember()
         self._solves += 1
-        self.seen.zero_()
+        if self._optimizer is None:
+            # A network, unlike a solution, still holds what it learnt from earlier windows.
+            self.seen.zero_()
         self.seen[found.rows] = True
         return True
 

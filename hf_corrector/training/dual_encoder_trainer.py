@@ -15,6 +15,7 @@ from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
 from hf_corrector._files import read_json, write_json
+from hf_corrector.cache.side_store import side_details
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.candidate_sampling import ContrastSet
 from hf_corrector.data.collators import PairCollator, PairDataset
@@ -28,10 +29,10 @@ from hf_corrector.index.exact import ExactIndex
 from hf_corrector.metrics import quality
 from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel, SampledTargets
 from hf_corrector.records import COSTS, FittedTargets
+from hf_corrector.training import checks
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.callbacks import StalenessCallback
 from hf_corrector.training.checkpointing import CheckpointingTrainer
-from hf_corrector.training.checks import attach_corrector, check_data, check_given_cache, check_made_by, check_types
 from hf_corrector.training.live_cache import (
     STATE_FILE,
     LiveCache,
@@ -94,12 +95,12 @@ class DualEncoderTrainer(CheckpointingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        check_types(model, args)
-        train_dataset, targets, eval_dataset = check_data(train_dataset, targets, eval_dataset)
+        checks.check_types(model, args)
+        train_dataset, targets, eval_dataset = checks.check_data(train_dataset, targets, eval_dataset)
         if target_cache is not None:
-            check_given_cache(target_cache, targets, model)
+            checks.check_given_cache(target_cache, targets, model)
         self.targets, self._given_cache = targets, target_cache
-        attach_corrector(model, args, target_cache)
+        checks.attach_corrector(model, args, target_cache)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=cast(Any, PairCollator(model.pad_token_id("query"), model.pad_token_id("target"))),
@@ -158,8 +159,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
             raise ConfigurationError(
                 "hold_out", expected="a call before prepare() and train()", got="one after", cure="Call it earlier."
             )
-        rows = {row for split in splits for known in positives_as_rows(split, self.targets) for row in known}
-        self._held_out = torch.tensor(sorted(rows), dtype=torch.int64)
+        self._held_out = checks.rows_to_hold_out(splits, self.targets)
 
     def build_cache(self) -> TargetCache:
         """Make the cache from the model as it is, or take the one that was given."""
@@ -353,7 +353,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
         live = self._need_cache("judge")
         old_queries = None
         if old_model is not None:
-            check_made_by(live.first, old_model)
+            checks.check_made_by(live.first, old_model)
             cast(torch.nn.Module, old_model).to(self.args.device)
             old_queries = self.encode_queries(split, old_model)
         conditions = Conditions(
@@ -388,9 +388,10 @@ class DualEncoderTrainer(CheckpointingTrainer):
         super().save_model(output_dir, _internal_call)
         if self.live_cache is not None and self.live_cache.online is not None and self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER
-            cache, encoder, rows = self.live_cache.cache, self.model.fingerprint("target"), self.fitted_rows.tolist()
-            ids = tuple(cache.ids[row] for row in rows)
-            FittedTargets(cache.manifest.checksum, encoder.digest, tuple(rows), ids, encoder.to_dict()).save(folder)
+            cache, encoder, side = self.live_cache.cache, self.model.fingerprint("target"), self.args.corrector_side
+            rows, made = tuple(self.fitted_rows.tolist()), None if side is None else side_details(cache, side) or None
+            note = (cache.manifest.checksum, encoder.digest, rows, tuple(cache.ids[row] for row in rows))
+            FittedTargets(*note, encoder.to_dict(), made).save(folder)
 
     def load_extra_state(self, folder: Path) -> None:
         """Read costs; caches and pairs are restored by :meth:`prepare`."""

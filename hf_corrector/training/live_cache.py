@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from hf_corrector._files import atomic_write, read_json, write_json
-from hf_corrector.cache.side_store import open_side, save_side, stored_sides
+from hf_corrector.cache.side_store import open_side, save_dense, save_side, side_details, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.candidate_sampling import ContrastSet
 from hf_corrector.corrected_targets import CorrectedTargets
@@ -22,7 +24,7 @@ from hf_corrector.data.tokens import TokenStore
 from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CacheMismatchError, CheckpointError
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
-from hf_corrector.side_features import SideFeatures, TokenCounts, mean_word_embeddings
+from hf_corrector.side_features import DenseSide, SideFeatures, TokenCounts, mean_word_embeddings
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.corrector_fit import CorrectorFitting
 from hf_corrector.training.corrector_trainer import OnlineCorrector, OnlineTargets
@@ -30,6 +32,7 @@ from hf_corrector.training.step_log import StepLog
 
 STATE_FILE = "corrector_state.json"
 STATE_TENSORS = "corrector_state.safetensors"
+_MEAN_ROWS = 65_536
 logger = logging.get_logger(__name__)
 
 
@@ -119,6 +122,8 @@ class LiveCache:
     def refresh(self, targets: Dataset, tokens: TokenStore) -> int:
         """Encode all targets anew with the current weights; the corrector starts again at the identity.
 
+        The side features it reads stay those of the cache before.
+
         Returns:
             Targets encoded.
         """
@@ -132,6 +137,10 @@ class LiveCache:
             logger.warning(f"{path} holds vectors of other weights; it is made anew.")
             shutil.rmtree(path)
             built = build_cache(self._model, targets, path, tokens=tokens, options=options, generation=generation)
+        side = self._args.corrector_side
+        if self.online is not None and side is not None:
+            # Rows are the same, and what else the corrector reads of them may have come with the first cache only.
+            save_side(built.cache, open_side(self.cache, side), details=side_details(self.cache, side))
         self.reset_corrector()
         self._from_start = True
         self._use(built.cache)
@@ -209,10 +218,16 @@ def side_of(cache: TargetCache, model: DualEncoderModel, args: DualEncoderTraini
     if args.corrector_side != "word_embeddings":
         return None if args.corrector_side is None else open_side(cache, args.corrector_side)
     if "word_embeddings" not in stored_sides(cache):
-        counts = open_side(cache, "tokens")
+        counts = cast(TokenCounts, open_side(cache, "tokens"))
         table = cast(torch.nn.Embedding, model.target_encoder.get_input_embeddings()).weight
-        save_side(cache, mean_word_embeddings(cast(TokenCounts, counts), table))
+        save_dense(cache, _mean_blocks(counts, table), kind="word_embeddings", width=table.shape[1])
     return open_side(cache, "word_embeddings")
+
+
+def _mean_blocks(counts: TokenCounts, table: torch.Tensor) -> Iterator[DenseSide]:
+    for start in range(0, len(counts), _MEAN_ROWS):
+        block = replace(counts, offsets=counts.offsets[start : start + _MEAN_ROWS + 1])
+        yield mean_word_embeddings(block, table)
 
 
 def settings_of(args: DualEncoderTrainingArguments) -> dict[str, str]:
