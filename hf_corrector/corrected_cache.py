@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -39,7 +40,7 @@ class ApplyOptions:
 
     Attributes:
         cache_dtype: Type the rows are stored in; by default that of the cache they come from.
-        device: Where to correct; the corrector is moved there.
+        device: Where to correct; the corrector is moved there, and back in the end.
         shard_rows: Rows of a shard; a run that was killed starts again at the last unfinished shard.
         chunk_rows: Rows corrected at a time.
         verify: Whether to compare what is read with its checksums, so that no damage gets a checksum of its own.
@@ -98,9 +99,7 @@ def write_corrected(
         fingerprint=corrected_fingerprint(corrector, cache, encoder, side=side), shard_rows=options.shard_rows,
         text_hashes=cache.text_hashes,
     )  # fmt: skip
-    module: torch.nn.Module = corrector
-    module.to(options.device)
-    with CacheWriter(path, plan) as writer:
+    with CacheWriter(path, plan) as writer, _moved(corrector, options.device):
         pending = writer.pending_shards()
         with tqdm(
             total=len(cache), initial=len(cache) - sum(shard.rows for shard in pending), desc="correct targets",
@@ -111,6 +110,18 @@ def write_corrected(
                 writer.write_pieces(shard.index, _counted(_ahead(chunks), bar))
         _check_conserved(cache, writer.path)
         return writer.finish()
+
+
+@contextmanager
+def _moved(corrector: CorrectorModel, device: str) -> Iterator[None]:
+    """Compute elsewhere for a while: whoever lent the corrector finds it where it was."""
+    module: torch.nn.Module = corrector
+    before = corrector.fitted_pairs.device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(before)
 
 
 def check_applicable(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from hf_corrector.batching import DEFAULT_TOKEN_BUDGET
 from hf_corrector.cache.edits import CacheEdit, CacheEditor
 from hf_corrector.cache.manifest import check_fingerprint
 from hf_corrector.cache.row_files import hash_texts
-from hf_corrector.cache.side_store import open_side, save_counts, stored_sides
+from hf_corrector.cache.side_store import open_side, save_counts, side_details, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cache.writer import CachePlan, CacheWriter
 from hf_corrector.data.retrieval import column, texts_hash
@@ -26,7 +26,7 @@ from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataErro
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.text_encoding import Role
 from hf_corrector.records import EncoderFingerprint
-from hf_corrector.side_features import TokenCounts
+from hf_corrector.side_features import DEFAULT_BIGRAM_BUCKETS, TokenCounts
 
 TOKENS_FOLDER = "tokens"
 # Sorting by length within so many texts already leaves little padding, and bounds what a crash costs.
@@ -143,7 +143,7 @@ def build_cache(
     if options.token_counts and "tokens" not in stored_sides(cache):
         if store is None:
             store = _tokens_of(model, texts, given=tokens, plan=plan, path=path, progress=options.progress)
-        save_counts(cache, _counts_of(model, store), details=_count_details(plan.fingerprint))
+        save_counts(cache, _counts_of(model, store), details=count_details(plan.fingerprint))
     return CacheBuild(cache, total)
 
 
@@ -193,7 +193,7 @@ def update_cache(
                     rows = np.arange(shard.start, shard.stop)
                     editor.write_shard(shard.index, encode_rows(model, store, rows, options=options, bar=bar))
             if "tokens" in stored_sides(cache):
-                counts = _count_rows(model, store, np.arange(len(store)), like=cache)
+                counts = _counts_like(cache, model, store)
         updated = editor.finish(counts=counts)
     shutil.rmtree(path / TOKENS_FOLDER, ignore_errors=True)  # of the corpus as it was; made again when needed
     return CacheBuild(updated, encoded, deleted=len(cache) - kept)
@@ -230,24 +230,36 @@ def _begins_with(cache: TargetCache, corpus: Dataset) -> bool:
     return len(corpus) >= len(cache) and texts_hash(corpus.select(range(len(cache)))) == cache.texts_hash
 
 
-def _counts_of(model: DualEncoderModel, store: TokenStore) -> Iterator[TokenCounts]:
-    """Count the tokens of some targets at a time."""
+def _counts_of(
+    model: DualEncoderModel, store: TokenStore, *, buckets: int = DEFAULT_BIGRAM_BUCKETS
+) -> Iterator[TokenCounts]:
+    """Count the tokens of some targets at a time, as lists of them take much memory."""
     for start in range(0, len(store), _COUNTED_ROWS):
-        yield _count_rows(model, store, np.arange(start, min(start + _COUNTED_ROWS, len(store))))
+        rows = np.arange(start, min(start + _COUNTED_ROWS, len(store)))
+        yield TokenCounts.from_lists(store.tokens(rows), vocabulary=model.target_vocabulary, bigram_buckets=buckets)
 
 
-def _count_rows(
-    model: DualEncoderModel, store: TokenStore, rows: np.ndarray, *, like: TargetCache | None = None
-) -> TokenCounts:
-    vocabulary = model.target_vocabulary
-    if like is None:
-        return TokenCounts.from_lists(store.tokens(rows), vocabulary=vocabulary)
-    stored = open_side(like, "tokens")
-    buckets = stored.width - stored.vocabulary if isinstance(stored, TokenCounts) else 0
-    return TokenCounts.from_lists(store.tokens(rows), vocabulary=vocabulary, bigram_buckets=buckets)
+def _counts_like(cache: TargetCache, model: DualEncoderModel, store: TokenStore) -> TokenCounts | None:
+    """Count new targets as those of a cache were; None where another tokenizer counted those."""
+    stored, details = open_side(cache, "tokens"), side_details(cache, "tokens")
+    known = not details or details == count_details(cache.fingerprint)
+    if not isinstance(stored, TokenCounts) or not known:
+        return None
+    return join_counts(list(_counts_of(model, store, buckets=stored.width - stored.vocabulary)))
 
 
-def _count_details(made_by: EncoderFingerprint) -> dict[str, str | int]:
+def join_counts(blocks: Sequence[TokenCounts]) -> TokenCounts:
+    """Put counts of one vocabulary under each other."""
+    ends = np.cumsum([0, *(block.offsets[-1] for block in blocks)])
+    offsets = [block.offsets[1:] + end for block, end in zip(blocks, ends[:-1], strict=True)]
+    return replace(
+        blocks[0], offsets=np.concatenate([np.zeros(1, dtype=np.int64), *offsets]),
+        columns=np.concatenate([block.columns for block in blocks]),
+        counts=np.concatenate([block.counts for block in blocks]),
+    )  # fmt: skip
+
+
+def count_details(made_by: EncoderFingerprint) -> dict[str, str | int]:
     """Return what decides the tokens of a text."""
     return {"tokenizer": made_by.tokenizer, "prompt": made_by.prompt, "max_length": made_by.max_length}
 

@@ -104,10 +104,15 @@ class FittedTargets:
     Attributes:
         cache: Checksum of the manifest of the cache whose vectors it corrects. The corrector stays right for what edits
             make of that cache, as all its vectors come from one encoder; rows do not, see ``ids``.
-        encoder: Digest of the fingerprint of the encoder it leads to, for targets in float32.
+        encoder: Digest of the fingerprint of the encoder whose queries it serves, for targets in float32: the one that
+            corrected targets lead to, or the one whose queries are mapped.
         rows: Target rows of the cache it was fitted on, ascending; queries looking for others are clean.
         ids: Ids of those rows, by which they are found again in a cache that was edited since; None where unknown.
-        encoder_fingerprint: Fields of the fingerprint of the encoder it leads to; None where unknown.
+        encoder_fingerprint: Fields of the fingerprint of that encoder; None where unknown.
+        side_details: What the side features it was fitted with were made with (tokenizer, prompt, maximum length); None
+            where unknown, or without side features.
+        direction: ``"targets"``: it moves vectors of the cache. ``"queries"``: it maps queries of the encoder to the
+            cache, whose vectors stay as they are.
     """
 
     cache: str
@@ -115,6 +120,8 @@ class FittedTargets:
     rows: tuple[int, ...]
     ids: tuple[str, ...] | None = None
     encoder_fingerprint: dict[str, Any] | None = None
+    side_details: dict[str, Any] | None = None
+    direction: str = "targets"
 
     def save(self, folder: Path) -> None:
         """Write into a corrector's folder durably."""

@@ -101,6 +101,11 @@ def test_a_reader_sees_what_is_appended_after_a_refresh(cache: TargetCache) -> N
         assert len(reader) == 1
         reader.refresh()
         assert (len(reader), reader.length) == (2, writer.length)
+        writer.append(rows(1), torch.full((1, 4), 3.0), stamp=NEW, step=7)
+        reader.refresh()
+        found = reader.find(rows(2, 1))
+        assert (found.stamps.tolist(), found.steps.tolist()) == ([OLD, NEW], [2, 7])
+        assert reader.vectors(found)[:, 0].tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -17,6 +17,7 @@ from hf_corrector.cache.side_store import (
     merged_counts,
     open_side,
     save_counts,
+    save_dense,
     save_side,
     side_details,
     stored_sides,
@@ -60,6 +61,19 @@ def test_token_counts_may_come_in_blocks(cache: TargetCache) -> None:
     save_counts(cache, (counts(range(start, min(start + 3, 10))) for start in range(0, 10, 3)))
     found = open_side(cache, "tokens")
     assert isinstance(found, TokenCounts) and same(found, counts(range(10)))
+
+
+def test_a_matrix_may_come_in_blocks(cache: TargetCache) -> None:
+    matrix = make_vectors(10, 3)
+    save_dense(cache, (DenseSide(part) for part in matrix.split(4)), kind="matrix", width=3)
+    assert torch.equal(open_side(cache, "matrix", verify="full").read(0, 10), matrix)
+    for wrong in (matrix[:9], make_vectors(11, 3), make_vectors(10, 4)):
+        with pytest.raises(DataError, match="10 rows of 3 numbers"):
+            save_dense(cache, (DenseSide(part) for part in wrong.split(4)), kind="matrix", width=3)
+    matrix[7, 1] = float("nan")
+    with pytest.raises(DataError, match="row 7"):
+        save_dense(cache, (DenseSide(part) for part in matrix.split(4)), kind="matrix", width=3)
+    assert len(open_side(cache, "matrix", verify="full")) == 10
 
 
 def test_targets_without_any_token_are_rows_too(cache: TargetCache) -> None:

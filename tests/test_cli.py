@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_corrector.cache.side_store import open_side
+from hf_corrector.cache.side_store import open_side, side_details
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.main import COMMANDS, main
 from hf_corrector.models import CorrectorModel
@@ -254,6 +254,30 @@ def test_evaluate_judges_a_corrected_cache_as_what_it_is(
     judged, before = (json.loads((one / "run.json").read_text())["evaluation"] for one in (out, trained))
     assert judged["clean_queries"] == before["clean_queries"]
     assert judged["all_queries"]["stale"] == pytest.approx(before["all_queries"]["corrected"], abs=1e-6)
+
+
+def test_side_features_of_another_tokenizer_are_refused(
+    folder: Path, tiny_encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    train = [
+        "train", "--data", str(folder), "--model", tiny_encoder, "--staleness", "corrector", "--max_steps", "4",
+        "--output_dir", str(out), "--per_device_train_batch_size", "8", "--disable_tqdm", "true",
+        "--corrector_warmup_steps", "2", "--report_to", "none", "--corrector_kind", "affine",
+        "--corrector_side", "tokens",
+    ]  # fmt: skip
+    assert main(train) == 0
+    file = out / "corrector" / "fitted_targets.json"
+    note = json.loads(file.read_text())
+    assert note["side_details"] == side_details(TargetCache.open(out / "cache"), "tokens") != {}
+    apply = ["apply", "--corrector", str(out / "corrector"), "--cache", str(out / "cache"), "--quiet", "--output_dir"]
+    file.write_text(json.dumps({**note, "side_details": {**note["side_details"], "prompt": "passage: "}}))
+    assert main([*apply, str(tmp_path / "new")]) == 1
+    shown = capsys.readouterr().err
+    assert "'passage: '" in shown and "'prompt': ''" in shown
+    for number, known in enumerate((note["side_details"], None)):
+        file.write_text(json.dumps({**note, "side_details": known}))
+        assert main([*apply, str(tmp_path / f"new{number}")]) == 0
 
 
 def test_apply_needs_to_know_the_encoder(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

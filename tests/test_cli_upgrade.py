@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from upgrade_helpers import cache_of, make_data, new_encoder, old_encoder
 
+from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.main import main
 from hf_corrector.cli.upgrade import read_query_log
 from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.errors import DataError
+from hf_corrector.index.exact import ExactIndex
 from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +95,49 @@ def test_reembed_first_is_status_4(place: Path, tmp_path: Path, capsys: pytest.C
     out = tmp_path / "out"
     more = ["--pairs", "20", "--min-recovery", "0.94", "--kind", "affine", "--side", "none"]
     assert call(place, out, *more) == 4
-    assert "re-embed" in capsys.readouterr().out.lower()
+    shown = capsys.readouterr().out
+    assert "next: hf-corrector apply --corrector" in shown
+    assert f"listed in {out / 'reembed_first.jsonl'}" in shown and "over the corrected vectors" in shown
     assert (out / "reembed_first.jsonl").stat().st_size > 0
 
 
 def test_queries_direction_leaves_the_index_alone(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(place, tmp_path / "out", "--direction", "queries", "--judge_targets", "100", "--judge_queries", "60")
+    more = ["--direction", "queries", "--judge_targets", "100", "--judge_queries", "60"]
+    assert call(place, tmp_path / "out", *more) == 0
     shown = capsys.readouterr().out
     assert "judged on 160 of 400 targets" in shown and "60 clean queries" in shown
-    assert FittedCorrector.load(tmp_path / "out" / "corrector").direction == "queries"
+    assert "next: hf-corrector search --corrector" in shown
+    corrector = FittedCorrector.load(tmp_path / "out" / "corrector")
+    assert corrector.direction == corrector.fitted.direction == "queries"
+
+
+def test_a_corrector_of_queries_searches_the_old_cache_and_is_refused_for_targets(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(place, tmp_path / "out", "--direction", "queries", "--judge_targets", "100", "--judge_queries", "60")
+    folder, new = tmp_path / "out" / "corrector", tmp_path / "new"
+    both = ["--corrector", str(folder), "--cache", str(place / "old_cache"), "--output_dir", str(new), "--quiet"]
+    model = ["--model", str(place / "new")]
+    for command in (
+        ["apply", *both],
+        ["apply", *both, *model],
+        ["evaluate", *both, *model, "--data", str(place / "data")],
+    ):
+        capsys.readouterr()
+        assert main(command) == 1
+        shown = capsys.readouterr().err
+        assert "maps new queries" in shown and "hf-corrector search" in shown and not (new / "manifest.json").exists()
+    search = ["search", *both[:4], "--query", "list files", "--top_k", "3", "--model"]
+    assert main([*search, str(place / "new")]) == 0
+    query = DualEncoderModel.from_pretrained(str(place / "new")).encode_query(["list files"])
+    cache = TargetCache.open(place / "old_cache")
+    expected = ExactIndex(cache).search(FittedCorrector.load(folder).map_queries(query), 3).rows[0].tolist()
+    found = re.findall(r"^ +\d\. .*  (t\d+)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert found == [cache.ids[row] for row in expected]
+    assert main([*search, str(place / "old")]) == 1
+    assert "another encoder" in capsys.readouterr().err
 
 
 def test_query_log_is_read_with_counts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

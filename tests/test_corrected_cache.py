@@ -69,6 +69,17 @@ def test_rows_are_stored_as_asked_and_may_change_size(tmp_path: Path, cache_dtyp
     assert torch.allclose(corrected.read(0, 10).float(), expected.float(), atol=1e-2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to move to")
+def test_the_corrector_is_where_it_was_afterwards(cache: TargetCache, tmp_path: Path) -> None:
+    corrector, options = affine(), replace(QUIET, device="cuda")
+    write_corrected(corrector, cache, tmp_path / "new", encoder=NEW, options=options)
+    assert corrector.weight.device.type == "cpu"
+    corrector.bias.fill_(float("nan"))
+    with pytest.raises(DataError):
+        write_corrected(corrector, cache, tmp_path / "bad", encoder=NEW, options=options)
+    assert corrector.weight.device.type == "cpu"
+
+
 def test_an_edited_cache_is_corrected_as_it_is_now(cache: TargetCache, tmp_path: Path) -> None:
     edited = edit_arrays(cache.path, delete=["target-1", "target-8"], vectors=torch.ones(1, 4), ids=["x"])
     corrected = write_corrected(affine(), edited, tmp_path / "new", encoder=NEW, options=QUIET)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_corrector.cache.side_store import open_side, save_side
+from hf_corrector.cache.side_store import open_side, save_side, side_details
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.pairs import from_pairs
 from hf_corrector.data.retrieval import RetrievalData, column
 from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CacheMismatchError, CheckpointError, ConfigurationError, DataError
 from hf_corrector.models import CorrectorModel, DualEncoderModel
-from hf_corrector.side_features import DenseSide
+from hf_corrector.side_features import DenseSide, TokenCounts
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.checkpointing import COMPLETE_MARKER, newest_complete_checkpoint
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
@@ -298,6 +298,27 @@ def test_side_features_of_the_users_own_come_with_the_cache_given(
     assert loaded.side_weight.abs().sum() > 0
 
 
+@pytest.mark.parametrize("side", ["matrix", "tokens", "word_embeddings"])
+def test_a_refresh_keeps_the_side_features_the_corrector_reads(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path, side: str
+) -> None:
+    model = DualEncoderModel.from_encoder(tiny_encoder)
+    cache = build_cache(model, data.corpus, tmp_path / "cache", options=EncodeOptions(progress=False)).cache
+    lists, words = model.tokenize(column(data.corpus, "text"), "target"), model.target_vocabulary
+    save_side(cache, TokenCounts.from_lists(lists, vocabulary=words, bigram_buckets=8), details={"tokenizer": "mine"})
+    save_side(cache, DenseSide(torch.ones(len(cache), 3)))
+    own = {"corrector_kind": "affine", "corrector_side": side, "corrector_update_steps": 1, "refresh_steps": "3"}
+    trainer = DualEncoderTrainer(
+        model, arguments(tmp_path / "out", **own), train_dataset=data.train, targets=data.corpus, target_cache=cache
+    )
+    trainer.train()
+    assert trainer.live_cache is not None and trainer.live_cache.cache.manifest.generation == 1
+    before, after = open_side(cache, side), open_side(trainer.live_cache.cache, side)
+    rows = np.arange(len(cache))
+    assert torch.equal(before.gather(rows).to_dense(), after.gather(rows).to_dense())
+    assert side_details(trainer.live_cache.cache, side) == side_details(cache, side)
+
+
 def test_an_older_cache_may_be_given(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
     old = DualEncoderModel.from_encoder(tiny_encoder, pooling="cls")
     cache = build_cache(old, data.corpus, tmp_path / "old").cache
@@ -345,9 +366,7 @@ def test_held_out_positives_are_never_fitted_on_so_every_query_is_clean(
             trainer.hold_out(data.test)
 
 
-def test_copies_of_held_out_positives_are_held_out_too(
-    tiny_encoder: str, data: RetrievalData, tmp_path: Path
-) -> None:
+def test_copies_of_held_out_positives_are_held_out_too(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
     positive = data.dev[0]["positive_ids"][0]
     row = column(data.corpus, "id").index(positive)
     copy = {**data.corpus[row], "id": "copy", "text": "  " + data.corpus[row]["text"].upper()}

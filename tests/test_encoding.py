@@ -17,6 +17,7 @@ from hf_corrector.encoding import (
     EncodeOptions,
     build_cache,
     encode_rows,
+    join_counts,
     tokenize_texts,
     update_cache,
 )
@@ -302,6 +303,23 @@ def test_an_interrupted_update_leaves_the_old_cache_and_is_gone_on_with(tiny_enc
     assert TargetCache.open(tmp_path, verify="full").manifest == old.manifest
     resumed = update(DualEncoderModel.from_encoder(tiny_encoder), tmp_path, now, token_budget=10)
     assert (resumed.encoded, resumed.deleted, len(resumed.cache)) == (11, 1, 31)
+
+
+def test_counts_of_blocks_are_those_of_the_whole() -> None:
+    lists = [[row % 7, row % 3, row % 7] if row % 4 else [] for row in range(20)]
+    whole = TokenCounts.from_lists(lists, vocabulary=9, bigram_buckets=4)
+    cuts = zip((0, 4, 5, 13), (4, 5, 13, 20), strict=True)
+    joined = join_counts([TokenCounts.from_lists(lists[a:b], vocabulary=9, bigram_buckets=4) for a, b in cuts])
+    assert (joined.width, joined.vocabulary) == (whole.width, whole.vocabulary)
+    for one, other in ((joined.offsets, whole.offsets), (joined.columns, whole.columns), (joined.counts, whole.counts)):
+        assert np.array_equal(one, other) and one.dtype == other.dtype
+
+
+def test_an_update_drops_tokens_that_another_tokenizer_counted(tiny_model: DualEncoderModel, tmp_path: Path) -> None:
+    cache = build(tiny_model, tmp_path).cache
+    counts = open_side(cache, "tokens")
+    save_side(cache, counts, details={"tokenizer": "another"})
+    assert stored_sides(update(tiny_model, tmp_path, other_corpus({}, {"x": "ping"})).cache) == ()
 
 
 def test_an_update_drops_side_features_it_cannot_know(tiny_model: DualEncoderModel, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from model_helpers import save_bert
 from upgrade_helpers import QUERIES, TARGETS, cache_of, make_data, new_encoder, old_encoder
 
 import hf_corrector
+from hf_corrector.cache.folder_lock import locked
+from hf_corrector.cache.side_store import open_side, side_details, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.encoding import EncodeOptions
@@ -20,6 +23,11 @@ from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataErro
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.verdict import Thresholds
 from hf_corrector.index.exact import ExactIndex
+from hf_corrector.index_upgrade.conditions import ErrorPredictor
+from hf_corrector.index_upgrade.fits import FitPairs, fit_one
+from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
+from hf_corrector.index_upgrade.inputs import UpgradeInputs
+from hf_corrector.index_upgrade.measuring import Urgency
 from hf_corrector.index_upgrade.options import UpgradeOptions
 from hf_corrector.index_upgrade.report import UpgradeReport
 from hf_corrector.index_upgrade.upgrading import upgrade
@@ -183,6 +191,27 @@ def test_part_to_reembed_first_is_named_worst_first_and_written(
     assert len(set(listed)) == len(listed) and f"{100 * share:.0f} %" in report.checklist
 
 
+@pytest.mark.parametrize("with_traffic", [False, True])
+def test_what_to_reembed_first_is_ordered_over_the_whole_of_a_large_corpus(with_traffic: bool, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stale = torch.randn(70_000, 4, generator=generator)
+    stale[65_536:, 0] += 4.0  # the last ones, read after the others, are served worse
+    goal = stale + torch.randn(stale.shape, generator=generator) * (1 + stale[:, :1].clamp(min=0))
+    chosen = fit_one(
+        FitPairs(np.arange(69_000, 69_400), stale[69_000:69_400], goal[69_000:69_400], None, normalize=False),
+        "affine", None, seed=0,
+    )  # fmt: skip
+    made = EncoderFingerprint.of_precomputed("vendor-model", normalize=False)
+    cache = TargetCache.from_arrays(tmp_path / "large", stale, [str(row) for row in range(70_000)], fingerprint=made)
+    traffic = np.random.default_rng(0).poisson(1.0, 70_000).astype(np.float64) if with_traffic else None
+    inputs = UpgradeInputs(cache, None, None, None, None, None, [], ())  # type: ignore[arg-type]
+    predicted = ErrorPredictor.fit(chosen, seed=0).predict(stale)
+    assert predicted[:65_536].min() < 0 < predicted[65_536:].mean()
+    urgent = predicted if traffic is None else np.maximum(predicted, 0) * (1 + traffic)
+    first = Urgency(inputs, chosen, traffic=traffic, seed=0).first(0.1)
+    assert np.array_equal(first, np.argsort(-urgent, kind="stable")[:7000])
+
+
 def test_sample_of_the_corpus_is_judged_and_said_so(
     cache: TargetCache, new: DualEncoderModel, old: DualEncoderModel, data: RetrievalData
 ) -> None:
@@ -255,6 +284,7 @@ def test_old_model_is_found_by_the_name_in_the_cache(
     cache = cache_of(DualEncoderModel.from_encoder(folder, target_max_length=20), data, tmp_path / "cache")
     report = upgrade(cache, new, data, num_pairs=PAIRS, side=None, options=FAST)
     assert report.rows[0].method == "old"
+    assert f"got the prompt '' and were cut to {new.config.query_max_length} tokens" in report.table()
     save_bert(Path(folder), seed=4)
     report = upgrade(cache, new, data, num_pairs=PAIRS, side=None, options=FAST)
     assert report.rows[0].method == "stale" and "is not (any more) the encoder" in report.table()
@@ -280,9 +310,70 @@ def test_kind_and_side_that_were_asked_for_are_adopted(
     assert {"affine", "affine + word_embeddings", "low_rank + word_embeddings"} <= {row.method for row in report.rows}
     assert "corrected: low_rank + word_embeddings" in report.table()
     assert len(report.corrector.apply(cache, tmp_path / "new")) == TARGETS
+    with_tokens = upgrade(cache, new, data, num_pairs=PAIRS, kind="affine", side="tokens", options=FAST)
+    assert with_tokens.corrector.fitted.side_details == side_details(cache, "tokens") != {}
     chosen = upgrade(cache, new, data, num_pairs=PAIRS, options=FAST)
     assert "affine + tokens" in {row.method for row in chosen.rows}
     assert "left out of the fit" in chosen.table() and chosen.record.evaluation["losses_left_out"]
+
+
+def without_tokens(cache: TargetCache, path: Path) -> TargetCache:
+    made = EncoderFingerprint.of_precomputed("vendor-model", normalize=True)
+    return TargetCache.from_arrays(path, cache.read(0, len(cache)).float(), list(cache.ids), fingerprint=made)
+
+
+def test_tokens_the_old_cache_lacks_are_stored_with_it_so_that_they_can_be_applied(
+    cache: TargetCache, new: DualEncoderModel, data: RetrievalData, tmp_path: Path
+) -> None:
+    bare = without_tokens(cache, tmp_path / "bare")
+    settings = {"num_pairs": PAIRS, "kind": "affine", "side": "tokens", "options": FAST}
+    report = upgrade(bare, new, data, **settings)
+    assert stored_sides(bare) == ("tokens",)
+    counts, wanted = open_side(bare, "tokens", verify="full"), open_side(cache, "tokens")
+    rows = np.arange(TARGETS)
+    assert torch.equal(counts.gather(rows).to_dense(), wanted.gather(rows).to_dense())
+    assert side_details(bare, "tokens") == side_details(cache, "tokens")
+    assert torch.equal(report.corrector.model.side_idf, wanted.statistics().idf)  # of the whole corpus
+    out = report.save(tmp_path / "out")
+    assert not list((out / "corrector").glob("side-*"))
+    loaded = FittedCorrector.load(out / "corrector").apply(bare.path, tmp_path / "new")
+    expected = report.corrector.apply(bare, tmp_path / "new2")
+    assert torch.equal(loaded.read(0, TARGETS), expected.read(0, TARGETS))
+
+
+def test_tokens_are_kept_with_the_corrector_where_the_cache_cannot_be_written(
+    cache: TargetCache, new: DualEncoderModel, data: RetrievalData, tmp_path: Path
+) -> None:
+    bare = without_tokens(cache, tmp_path / "bare")
+    settings = {"num_pairs": PAIRS, "kind": "affine", "side": "tokens", "options": FAST}
+    with locked(bare.path):
+        report = upgrade(bare, new, data, **settings)
+        out = report.save(tmp_path / "out")
+        assert stored_sides(bare) == ()
+        with pytest.raises(CacheMismatchError, match=r"copy the files side-tokens\.g0\.safetensors"):
+            open_side(bare, "tokens")
+        loaded = FittedCorrector.load(out / "corrector").apply(bare, tmp_path / "new")
+    model, counts = report.corrector.model, open_side(cache, "tokens")
+    assert torch.equal(model.side_idf, counts.statistics().idf)  # of the whole corpus
+    assert torch.allclose(loaded.read(0, TARGETS), model.correct(bare.read(0, TARGETS), counts), atol=1e-6)
+    for path in (out / "corrector").glob("side-*"):
+        shutil.copy(path, bare.path)
+    assert len(open_side(bare, "tokens", verify="full")) == TARGETS
+
+
+def test_kept_vectors_of_other_texts_under_the_same_ids_are_made_anew(
+    cache: TargetCache, new: DualEncoderModel, data: RetrievalData, tmp_path: Path
+) -> None:
+    bare, settings = without_tokens(cache, tmp_path / "bare"), {"num_pairs": PAIRS, "side": None}
+    options = replace(FAST, output_dir=tmp_path / "out")
+    assert upgrade(bare, new, data, options=options, **settings).fresh.passes == TARGETS
+    texts = [*data.corpus["text"][:-3], "ping", "port", "page"]
+    other = replace(data, corpus=data.corpus.remove_columns("text").add_column("text", texts))
+    report = upgrade(bare, new, other, options=options, **settings)
+    assert report.fresh.passes == 3
+    rows = np.arange(TARGETS)
+    assert torch.allclose(report.fresh.gather(rows), new.encode_target(texts), atol=1e-5)
+    assert upgrade(bare, new, data, options=options, **settings).fresh.passes == 0
 
 
 def test_mistakes_are_explained_before_any_work(

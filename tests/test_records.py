@@ -81,6 +81,7 @@ def test_what_an_encoder_made_itself_is_written_as_it_always_was() -> None:
         FittedTargets("c", "e", (1, 5)),
         FittedTargets("c", "e", (1, 5), ids=("a", "b"), encoder_fingerprint=FINGERPRINT.to_dict()),
         FittedTargets("c", "e", (), ids=()),
+        FittedTargets("c", "e", (1,), side_details={"prompt": "p", "max_length": 9}, direction="queries"),
     ],
 )
 def test_what_a_corrector_was_fitted_on_survives_saving(note: FittedTargets, tmp_path: Path) -> None:

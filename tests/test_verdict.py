@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -123,7 +124,9 @@ def test_too_few_queries_decide_nothing() -> None:
 def test_non_inferiority_may_be_allowed_on_purpose() -> None:
     found = evidence(old=0.58, stale=0.3, corrected=0.575, fresh=0.585)
     assert decided(found).decision == "no-go"
-    assert decided(found, rules=Thresholds(non_inferiority=0.05)).decision == "go"
+    verdict = decided(found, rules=Thresholds(non_inferiority=0.05))
+    assert verdict.decision == "go"
+    assert re.search(r", 0\.\d{3} \[.*\] below the old model kept", verdict.sentence), verdict.sentence
 
 
 def test_record_is_strict_json_with_a_reason_for_each_threshold() -> None:
@@ -188,6 +191,11 @@ def test_checklist_carries_the_numbers_of_the_run() -> None:
     assert needed is not None and f"{needed:,} queries" in text
     low = watched.probe_interval().low
     assert 0.88 < low < 0.9 and f"below {low:.3f}" in text
+    part = decided(evidence(old=0.3, stale=0.2, corrected=0.35, fresh=0.6), dict.fromkeys(RULES.reembed_shares, 0.55))
+    text = checklist(part, sliced, watched)
+    assert (
+        "5 % of targets listed in reembed_first.jsonl" in text and "over the corrected vectors of the same ids" in text
+    )
     lost = decided(evidence(old=0.6, stale=0.2, corrected=0.4, fresh=0.5))
     assert "Nothing to adopt" in checklist(lost, found, watched)
     assert queries_to_detect(evidence(old=0.6, corrected=0.4, fresh=0.5)) is None

@@ -85,7 +85,8 @@ class Overlay:
         self._records: list[Record] = []
         self._indexed = 0
         self._map: mmap.mmap | None = None
-        self._rows = self._places = np.zeros(0, dtype=np.int64)
+        self._rows = self._places = self._starts = self._steps = np.zeros(0, dtype=np.int64)
+        self._stamps: npt.NDArray[np.str_] = np.zeros(0, dtype="U32")
         self.length = 0
         if not self.path.exists():
             if length:
@@ -134,9 +135,7 @@ class Overlay:
         positions = np.flatnonzero(self._rows[nearest] == rows)
         places = self._places[nearest[positions]]
         records = self._record_of(places)
-        stamps = np.array([record.stamp for record in self._records])
-        steps = np.array([record.step for record in self._records], dtype=np.int64)
-        return OverlayEntries(positions, stamps[records], steps[records], places)
+        return OverlayEntries(positions, self._stamps[records], self._steps[records], places)
 
     def vectors(self, entries: OverlayEntries) -> torch.Tensor:
         """Return a copy of the vectors of found rows, ``(n, dim)`` float32."""
@@ -150,8 +149,7 @@ class Overlay:
         return out
 
     def _record_of(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        starts = np.array([record.start for record in self._records], dtype=np.int64)
-        return np.searchsorted(starts, places, side="right") - 1
+        return np.searchsorted(self._starts, places, side="right") - 1
 
     def _matrix(self, record: Record) -> torch.Tensor:
         if self._map is None:
@@ -192,6 +190,10 @@ class Overlay:
         if not records or self._map is None:
             return
         self._indexed = len(self._records)
+        # Once for new records, not once for every lookup: a long training run appends many.
+        self._starts = np.append(self._starts, [record.start for record in records])
+        self._steps = np.append(self._steps, [record.step for record in records])
+        self._stamps = np.append(self._stamps, [record.stamp for record in records])
         rows, places = [self._rows], [self._places]
         for record in records:
             rows.append(np.frombuffer(self._map, np.int64, record.rows, record.rows_start))

@@ -202,12 +202,12 @@ def open_regular(path: Path) -> BinaryIO:
         CacheCorruptedError: If there is none, or it is no regular file.
     """
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise corrupted(path.parent, path.name, expected="a regular file", got="something else")
+        return open(path, "rb")
     except FileNotFoundError:
+        # Also between the two calls, where an edit removes the files of an earlier generation.
         raise corrupted(path.parent, path.name, expected="the file", got="no such file") from None
-    if not regular:
-        raise corrupted(path.parent, path.name, expected="a regular file", got="something else")
-    return open(path, "rb")
 
 
 def corrupted(folder: Path, what: str, *, expected: str, got: str) -> CacheCorruptedError:

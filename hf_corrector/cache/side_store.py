@@ -92,44 +92,63 @@ def save_counts(cache: TargetCache, blocks: Iterable[TokenCounts], *, details: d
         write_counts(cache.path, cache.manifest, blocks, details=details)
 
 
-def open_side(cache: TargetCache, kind: str, *, verify: Literal["sizes", "full"] = "sizes") -> StoredSide:
+def save_dense(
+    cache: TargetCache, blocks: Iterable[DenseSide], *, kind: str, width: int, details: dict[str, Any] | None = None
+) -> None:
+    """Store a dense matrix that comes some targets at a time as float32, see :func:`save_side`."""
+    manifest, folder = cache.manifest, cache.path
+    with locked(folder):
+        _check_current(cache)
+        specs = [TensorSpec("side", "F32", (len(cache), width))]
+        parts = _block_parts(blocks, rows=len(cache), width=width)
+        entry = write_file(folder / _array_file(manifest, kind), specs, parts=parts, rows=len(cache), row0=0)
+        stored = {"kind": kind, "width": width, "vocabulary": 0, "stored": "F32"}
+        _save_record(folder, manifest, entry, stored=stored, details=details)
+
+
+def open_side(
+    cache: TargetCache, kind: str, *, folder: Path | None = None, verify: Literal["sizes", "full"] = "sizes"
+) -> StoredSide:
     """Open stored side features, mapped into memory.
 
     Args:
         cache: The cache.
         kind: ``"tokens"``, ``"word_embeddings"`` or ``"matrix"``.
+        folder: Where they are; the folder of the cache by default.
         verify: ``"sizes"`` checks sizes and headers, ``"full"`` every byte as well.
 
     Raises:
         CacheMismatchError: If there are none, or they belong to other rows; says how to make them.
         CacheCorruptedError: If something is not what was written.
     """
-    record, entry = _load(cache, kind)
+    folder = cache.path if folder is None else folder
+    record, entry = _load(cache, kind, folder)
     if verify == "full":
-        check_blocks(cache.path, entry, rows_of_bytes=lambda *_: entry.range_text, advance=lambda _: None)
+        check_blocks(folder, entry, rows_of_bytes=lambda *_: entry.range_text, advance=lambda _: None)
     if kind != "tokens":
         spec = TensorSpec("side", record.stored, (entry.rows, record.width))
-        mapped = map_file(cache.path, entry, specs=[spec])
+        mapped = map_file(folder, entry, specs=[spec])
         return DenseSide(tensor_of(mapped, _TORCH[record.stored], rows=entry.rows, dim=record.width), kind)
     entries = int(record.stored)
-    mapped = map_file(cache.path, entry, specs=_count_specs(entry.rows, entries))
+    mapped = map_file(folder, entry, specs=_count_specs(entry.rows, entries))
     offsets = np.frombuffer(mapped, np.int64, entry.rows + 1, DATA_START)
     start = DATA_START + offsets.nbytes
     columns = np.frombuffer(mapped, np.int32, entries, start) if entries else np.zeros(0, np.int32)
     counts = np.frombuffer(mapped, np.uint16, entries, start + 4 * entries) if entries else np.zeros(0, np.uint16)
     if offsets[0] != 0 or offsets[-1] != entries:
-        raise corrupted(cache.path, entry.file, expected=f"offsets from 0 to {entries}", got=f"up to {offsets[-1]}")
+        raise corrupted(folder, entry.file, expected=f"offsets from 0 to {entries}", got=f"up to {offsets[-1]}")
     return TokenCounts(offsets, columns, counts, record.width, record.vocabulary)
 
 
 def side_details(cache: TargetCache, kind: str) -> dict[str, Any]:
     """Return what stored side features were made with; raises as :func:`open_side` does."""
-    return _load(cache, kind)[0].details
+    return _load(cache, kind, cache.path)[0].details
 
 
-def stored_sides(cache: TargetCache) -> tuple[str, ...]:
-    """Return the kinds of side features a cache has."""
-    return tuple(kind for kind in SIDES if _record_path(cache.path, cache.manifest, kind).exists())
+def stored_sides(cache: TargetCache, *, folder: Path | None = None) -> tuple[str, ...]:
+    """Return the kinds of side features a cache has in its own folder, or that are kept for it in another one."""
+    where = cache.path if folder is None else folder
+    return tuple(kind for kind in SIDES if _record_path(where, cache.manifest, kind).exists())
 
 
 def verify_sides(cache: TargetCache) -> None:
@@ -230,17 +249,19 @@ def _check_current(cache: TargetCache) -> None:
         )  # fmt: skip
 
 
-def _load(cache: TargetCache, kind: str) -> tuple[SideRecord, ShardEntry]:
+def _load(cache: TargetCache, kind: str, folder: Path) -> tuple[SideRecord, ShardEntry]:
     if kind not in SIDES:
         raise ConfigurationError("side features", expected=f"one of {SIDES}", got=repr(kind), cure="Choose one.")
-    path = _record_path(cache.path, cache.manifest, kind)
+    path = _record_path(folder, cache.manifest, kind)
     if not path.exists():
         ways = {
-            "tokens": "Run 'hf-corrector embed' with the cache's own encoder and data again: it adds them.",
+            "tokens": "Run 'hf-corrector embed' with the cache's own encoder and data again: it adds them. If an "
+            "upgrade could not write into the cache's folder, it kept them in that of its corrector: copy the files "
+            f"{_array_file(cache.manifest, kind)} and {path.name} from there.",
             "matrix": "Store them with save_side(), or with 'hf-corrector embed --side matrix.npy'.",
         }
         raise CacheMismatchError(
-            str(cache.path), expected=f"side features {kind!r} stored with the cache",
+            str(folder), expected=f"side features {kind!r} stored with the cache",
             got=f"only {list(stored_sides(cache))}", cure=ways.get(kind, "Store them with save_side()."),
         )  # fmt: skip
     record = SideRecord(**typed_fields(SideRecord, read_sealed(path), where=str(path)))
@@ -280,7 +301,26 @@ def _chained(offsets: npt.NDArray[np.int64], spools: Sequence[IO[bytes]]) -> Ite
             yield piece
 
 
-def _dense_parts(features: DenseSide, wanted: npt.NDArray[np.int64], dtype: torch.dtype) -> Iterator[memoryview]:
+def _block_parts(blocks: Iterable[DenseSide], *, rows: int, width: int) -> Iterator[memoryview]:
+    done = 0
+    for block in blocks:
+        if block.width != width or done + len(block) > rows:
+            break
+        yield from _dense_parts(block, np.arange(len(block)), torch.float32, first=done)
+        done += len(block)
+    else:
+        if done == rows:
+            return
+    raise DataError(
+        "side features", expected=f"{rows} rows of {width} numbers in all",
+        got=f"blocks that do not add up after {done}",
+        cure="Pass one row of the same length for every target.",
+    )  # fmt: skip
+
+
+def _dense_parts(
+    features: DenseSide, wanted: npt.NDArray[np.int64], dtype: torch.dtype, *, first: int = 0
+) -> Iterator[memoryview]:
     step = max(1, _PIECE_BYTES // (8 * features.width))
     for start in range(0, len(wanted), step):
         rows = torch.from_numpy(wanted[start : start + step])
@@ -288,7 +328,7 @@ def _dense_parts(features: DenseSide, wanted: npt.NDArray[np.int64], dtype: torc
         bad = torch.nonzero(~torch.isfinite(piece).all(dim=1))
         if len(bad):
             raise DataError(
-                f"side features {features.kind!r}, row {int(rows[bad[0, 0]])}", expected="finite numbers",
+                f"side features {features.kind!r}, row {first + int(rows[bad[0, 0]])}", expected="finite numbers",
                 got="NaN or infinity", cure="Look at what made the matrix.",
             )  # fmt: skip
         yield piece.view(torch.uint8).numpy().data.cast("B")

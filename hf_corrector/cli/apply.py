@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     corrector, fitted = corrector_of_cache(arguments.corrector, cache)
     corrected = write_corrected(
         corrector, cache, Path(arguments.output_dir), encoder=_encoder(arguments, cache, fitted),
-        side=side_of(cache, corrector),
+        side=side_of(cache, corrector, fitted),
         options=ApplyOptions(
             cache_dtype=arguments.cache_dtype, device=arguments.device, shard_rows=arguments.shard_rows,
             progress=not arguments.quiet,
@@ -60,7 +60,9 @@ def run(argv: list[str]) -> int:
 def _flags() -> argparse.ArgumentParser:
     flags = parser(
         "apply",
-        "Correct all vectors of a cache into a new one. A run that was killed is taken up where it stopped.",
+        "Correct all vectors of a cache into a new one. A run that was killed is taken up where it stopped. "
+        "Encodes nothing: where 'upgrade' listed targets in reembed_first.jsonl, re-encode those ids with the new "
+        "model yourself, and write them over the corrected vectors in the index you serve from before you switch.",
         EXAMPLES,
     )
     flags.add_argument("--corrector", required=True, metavar="H", help="folder or Hub id of the corrector")

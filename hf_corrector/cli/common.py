@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_corrector._extras import demo_encoder
-from hf_corrector.cache.side_store import open_side
+from hf_corrector.cache.side_store import open_side, side_details
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_cache import side_kind
 from hf_corrector.data.datasets import load_retrieval_data
@@ -103,25 +103,28 @@ def add_device_argument(target: argparse.ArgumentParser) -> None:
 
 
 def load_corrector(
-    name: str | None, cache: TargetCache, model: DualEncoderModel
+    name: str | None, cache: TargetCache, model: DualEncoderModel, *, directions: tuple[str, ...] = ("targets",)
 ) -> tuple[CorrectorModel | None, FittedTargets | None]:
     """Load a corrector and what was noted beside it when it was fitted.
 
     Raises:
-        CacheMismatchError: If the note says it leads from another cache or to another encoder.
+        CacheMismatchError: If the note says it belongs to another cache or another encoder.
+        ConfigurationError: If it works in none of the ``directions``.
     """
     if name is None:
         return None, None
-    corrector, fitted = corrector_of_cache(name, cache)
+    corrector, fitted = corrector_of_cache(name, cache, directions=directions)
     if fitted is not None and fitted.encoder != model.fingerprint("target").digest:
         raise CacheMismatchError(
-            name, expected=f"a corrector that leads to {model.config.name_or_path}", got="one to another encoder",
-            cure="Name the encoder it was trained with as --model.",
+            name, expected=f"a corrector for queries of {model.config.name_or_path}",
+            got="one fitted to another encoder", cure="Name the encoder it was trained with as --model.",
         )  # fmt: skip
     return corrector, fitted
 
 
-def corrector_of_cache(name: str, cache: TargetCache) -> tuple[CorrectorModel, FittedTargets | None]:
+def corrector_of_cache(
+    name: str, cache: TargetCache, *, directions: tuple[str, ...] = ("targets",)
+) -> tuple[CorrectorModel, FittedTargets | None]:
     """Load a corrector with its note, whose rows are those of the cache as it is now.
 
     A corrector stays right when rows are added and deleted, as all vectors of a cache come from one encoder; the rows
@@ -129,8 +132,15 @@ def corrector_of_cache(name: str, cache: TargetCache) -> tuple[CorrectorModel, F
 
     Raises:
         CacheMismatchError: If the note says it leads from another cache, or the cache holds corrected vectors already.
+        ConfigurationError: If it works in none of the ``directions``.
     """
     corrector, fitted = CorrectorModel.from_pretrained(name), FittedTargets.load(Path(name))
+    if fitted is not None and fitted.direction not in directions:
+        raise ConfigurationError(
+            name, expected="a corrector of targets", got="one that maps new queries to the old index",
+            cure="Leave the cache as it is and search it with 'hf-corrector search --corrector'; or fit a corrector of "
+            "targets with 'hf-corrector upgrade --direction targets'.",
+        )  # fmt: skip
     if fitted is None and cache.fingerprint.corrected_from is not None:
         raise CacheMismatchError(
             str(cache.path), expected="vectors an encoder made", got="vectors that are corrected already",
@@ -250,11 +260,23 @@ def load_old_model(arguments: argparse.Namespace, model: DualEncoderModel, cache
     return on_device(old, arguments.device)
 
 
-def side_of(cache: TargetCache, corrector: CorrectorModel) -> SideFeatures | None:
+def side_of(cache: TargetCache, corrector: CorrectorModel, fitted: FittedTargets | None) -> SideFeatures | None:
     """Open the side features that a corrector reads; None for one that reads none.
 
+    Where either side does not know what its features were made with, only their kind and size are compared.
+
     Raises:
-        CacheError: If the cache does not hold them.
+        CacheMismatchError: If the cache does not hold them, or holds others than the corrector was fitted with.
     """
     kind = side_kind(corrector)
-    return None if kind is None else open_side(cache, kind)
+    if kind is None:
+        return None
+    wanted, found = None if fitted is None else fitted.side_details, side_details(cache, kind)
+    # The name of the file a matrix was read from says nothing of what is in it.
+    if kind != "matrix" and wanted and found and wanted != found:
+        raise CacheMismatchError(
+            str(cache.path), expected=f"side features {kind!r} made with {wanted}, as the corrector was fitted with",
+            got=f"those made with {found}",
+            cure="Store those the corrector was fitted with by save_side(), or fit it again with those of the cache.",
+        )  # fmt: skip
+    return open_side(cache, kind)

@@ -65,13 +65,14 @@ def run(argv: list[str]) -> int:
             "note: nothing says which of these targets the corrector was fitted on, so all queries count as clean; "
             "if it was fitted on some, its numbers are too good"
         )
+    side = None if corrector is None else side_of(cache, corrector, fitted)
     old = None if arguments.old_model is None else load_old_model(arguments, model, cache)
     options = EncodeOptions(compute_dtype=arguments.compute_dtype, progress=not arguments.quiet)
     fresh = build_cache(model, data.corpus, out / "fresh", options=options)
     report = measure_staleness(
         Conditions(
             queries=_encode(model, split, arguments), stale=cache,
-            corrected=None if corrector is None else CorrectedTargets(cache, corrector, side=side_of(cache, corrector)),
+            corrected=None if corrector is None else CorrectedTargets(cache, corrector, side=side),
             fresh=fresh.cache,
             old_queries=None if old is None else _encode(old, split, arguments), old=cache,
         ),

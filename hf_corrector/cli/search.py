@@ -17,7 +17,7 @@ from hf_corrector.cli.common import (
     side_of,
 )
 from hf_corrector.corrected_cache import check_comparable
-from hf_corrector.corrected_retriever import BACKENDS, CorrectedRetriever, RetrieverOptions
+from hf_corrector.corrected_retriever import BACKENDS, DIRECTIONS, CorrectedRetriever, RetrieverOptions
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.errors import CacheMismatchError, ConfigurationError
 from hf_corrector.models import CorrectorConfig, CorrectorModel
@@ -35,7 +35,8 @@ def run(argv: list[str]) -> int:
     """Run the command."""
     flags = parser("search", "Find the targets of a cache that are nearest to queries.", EXAMPLES)
     flags.add_argument("--cache", required=True, metavar="CACHE", help="folder of the cache")
-    flags.add_argument("--corrector", metavar="H", help="folder or Hub id of a corrector, if the vectors are older")
+    text = "folder or Hub id of a corrector, if the vectors are older; of targets or of queries ('upgrade --direction')"
+    flags.add_argument("--corrector", metavar="H", help=text)
     flags.add_argument("--query", required=True, action="append", metavar="TEXT", help="may be given several times")
     flags.add_argument("--top_k", type=int, default=5, help="targets per query")
     flags.add_argument("--data", metavar="DIR", help=f"show texts from here: {DATA_HELP.split(';')[0]}, or 'stdlib'")
@@ -52,7 +53,7 @@ def run(argv: list[str]) -> int:
     cache = TargetCache.open(arguments.cache)
     texts = None if arguments.data is None else _texts(arguments.data, cache)
     model = EncoderChoice.of(arguments).load(arguments.device)
-    corrector, fitted = load_corrector(arguments.corrector, cache, model)
+    corrector, fitted = load_corrector(arguments.corrector, cache, model, directions=DIRECTIONS)
     if corrector is None:
         _check_own(cache, model)
         corrector = CorrectorModel(CorrectorConfig(kind="identity", input_dim=cache.dim))
@@ -96,8 +97,10 @@ def _retriever(
     options = RetrieverOptions(
         snapshot="none", shortlist=arguments.shortlist, certify=arguments.certify, factory=factory or None,
         parameters=parameters, device=arguments.device, fitted=fitted,
+        direction="targets" if fitted is None else fitted.direction,
     )  # fmt: skip
-    return CorrectedRetriever(cache, corrector, side=side_of(cache, corrector), backend=backend, options=options)
+    side = side_of(cache, corrector, fitted)
+    return CorrectedRetriever(cache, corrector, side=side, backend=backend, options=options)
 
 
 def _check_own(cache: TargetCache, model: DualEncoderModel) -> None:

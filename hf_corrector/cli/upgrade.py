@@ -23,6 +23,7 @@ from hf_corrector.errors import DataError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.verdict import Thresholds
 from hf_corrector.index_upgrade.options import DIRECTIONS, FULL_UP_TO, UpgradeOptions
+from hf_corrector.index_upgrade.report import CORRECTOR_FOLDER, FIRST_FILE, UpgradeReport
 from hf_corrector.index_upgrade.upgrading import upgrade
 from hf_corrector.metrics import DEFAULT_METRICS
 from hf_corrector.models.configuration_corrector import KINDS
@@ -37,7 +38,10 @@ EXAMPLES = """\
       --price_per_hour 2.5 --output_dir upgraded
 
 exit status: 0 go, 3 no-go, 4 re-embed a part first; 1 a problem that was explained, 2 wrong usage.
-Then, for a go:  hf-corrector apply --help
+Then, for a go:  hf-corrector apply --help    (or hf-corrector search --help with --direction queries)
+For status 4:    reembed_first.jsonl in OUT names targets, an id a line, worst first. Write the corrected vectors with
+                 hf-corrector apply, re-encode these ids with the new model, and write them over the corrected vectors
+                 of the same ids in the index you serve from, all before you switch. No command does that for you.
 """
 
 
@@ -57,7 +61,25 @@ def run(argv: list[str]) -> int:
     )  # fmt: skip
     report.save(out)
     print(f"{report.table()}\n\n{report.verdict}\n\n{report.checklist}\n\nwritten to {out}")
+    print(_next_step(arguments, report))
     return report.decision.exit_code
+
+
+def _next_step(arguments: argparse.Namespace, report: UpgradeReport) -> str:
+    """Say what to run next; nothing for a no-go."""
+    if report.decision.decision == "no-go":
+        return ""
+    corrector = f"--corrector {Path(arguments.output_dir) / CORRECTOR_FOLDER} --cache {arguments.old_cache}"
+    if arguments.direction == "queries":
+        return f"next: hf-corrector search {corrector} --model {arguments.new_model} --query TEXT"
+    step = f"next: hf-corrector apply {corrector} --output_dir CORRECTED"
+    if report.decision.decision == "go":
+        return step
+    return (
+        f"{step}\nthen: re-encode the {len(report.reembed_first):,} targets listed in "
+        f"{Path(arguments.output_dir) / FIRST_FILE} with {arguments.new_model}, and write them over the corrected "
+        "vectors of the same ids in the index you serve from, before you switch"
+    )
 
 
 def _options(arguments: argparse.Namespace) -> UpgradeOptions:

@@ -171,9 +171,9 @@ def decide(
 ) -> Verdict:
     """Apply the rules.
 
-    In this order: too few queries decide nothing; a new model that is worse than the old one even fully re-embedded is
-    not adopted; where every check passes it is a go; where nothing was lost there is nothing to correct; where the new
-    model is not shown to be better at all, the old one is kept; else shares of the targets are re-embedded, worst
+    In this order: too few queries decide nothing; where every check passes it is a go; where one fails and not even a
+    full re-embedding is shown to be better than the old model, the old one is kept, unless the new model on the stale
+    index is; where nothing was lost there is nothing to correct; else shares of the targets are re-embedded, worst
     first, until every check passes, and where none is enough everything should be re-embedded.
 
     Args:
@@ -373,7 +373,8 @@ class _Case:
         if not self.has_old:
             return "the old model kept could not be judged"
         gain = self.difference("corrected", "old")
-        return f"{spread(gain)} {'above' if gain.estimate >= 0 else 'beside'} the old model kept"
+        way = f"{spread(gain)} above" if gain.estimate >= 0 else f"{spread(opposite(gain))} below"
+        return f"{way} the old model kept"
 
     def _recovered(self) -> str:
         found = self.recovery

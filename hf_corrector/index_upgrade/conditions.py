@@ -124,10 +124,14 @@ class ErrorPredictor:
 
 
 def urgency(predicted: FloatArray, traffic: FloatArray | None = None) -> FloatArray:
-    """Return how urgent re-embedding each target is: its predicted error, times one plus its traffic, ``(n,)``."""
+    """Return how urgent re-embedding each target is: its predicted error, times one plus its traffic, ``(n,)``.
+
+    With traffic an error that is predicted below 0, which no squared error is, counts as 0; the urgency of a target
+    does not depend on which others are asked about.
+    """
     if traffic is None:
         return predicted
-    weighed: FloatArray = (predicted - predicted.min()) * (1 + traffic)
+    weighed: FloatArray = np.maximum(predicted, 0.0) * (1 + traffic)
     return weighed
 
 
@@ -145,9 +149,13 @@ def reembedding(
     """
     corpus = search.corpus
     corrected = TensorVectors(corpus.corrected_targets(chosen))
+    # By places rather than by values, as many targets may be of the same urgency.
+    order = np.argsort(-urgent, kind="stable")
+    reached = np.cumsum(typical[order])
 
     def quality(share: float) -> FloatArray:
-        replaced = torch.from_numpy(urgent >= np.quantile(urgent[typical], 1 - share))
+        replaced = torch.zeros(len(urgent), dtype=torch.bool)
+        replaced[torch.from_numpy(order[reached <= round(share * int(typical.sum()))])] = True
         return search.quality(corpus.queries, Overlaid(corrected, corpus.fresh, replaced))[metric]
 
     return quality

@@ -1,7 +1,8 @@
-"""Side features read off the corpus when they are asked for: nothing is stored, no encoder is run."""
+"""Side features read off the corpus when they are asked for, where none are stored; no encoder is run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,13 @@ import numpy.typing as npt
 import torch
 from datasets import Dataset
 
+from hf_corrector.cache.manifest import CacheManifest
 from hf_corrector.data.retrieval import column
+from hf_corrector.encoding import count_details
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
-from hf_corrector.side_features import SideFeatures, TokenCounts, mean_word_embeddings
+from hf_corrector.side_features import SideFeatures, TokenCounts, TokenStatistics, mean_word_embeddings
+
+_ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +28,13 @@ class CorpusSide:
         corpus: Targets with a column ``text``.
         model: Whose tokenizer, prompt, maximum length and word embeddings to use.
         kind: ``"tokens"`` or ``"word_embeddings"``.
+        manifest: Rows of the cache it belongs to, for tokens that are to be stored.
     """
 
     corpus: Dataset
     model: DualEncoderModel
     kind: str = "tokens"
+    manifest: CacheManifest | None = None
 
     @property
     def _embeddings(self) -> torch.Tensor:
@@ -53,12 +60,31 @@ class CorpusSide:
         """Return rows ``start`` to ``stop``, ``(stop - start, width)`` float32, in CSR layout for tokens."""
         return self.gather(np.arange(start, stop))
 
+    def counts(self, rows: npt.NDArray[np.int64]) -> TokenCounts:
+        """Count the tokens of any rows ``(n,)``."""
+        texts = column(self.corpus.select(rows), "text") if len(rows) else []
+        lists = self.model.tokenize(texts, "target") if texts else []
+        return TokenCounts.from_lists(lists, vocabulary=self.vocabulary)
+
+    def blocks(self) -> Iterator[TokenCounts]:
+        """Count the tokens of all targets, some at a time."""
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            yield self.counts(np.arange(start, min(start + _ROWS_AT_ONCE, len(self))))
+
+    def details(self) -> dict[str, str | int]:
+        """Return what decides the tokens, to be stored with them."""
+        return count_details(self.model.fingerprint("target"))
+
+    def statistics(self) -> TokenStatistics:
+        """Return in how many targets each column occurs; tokenises all of them."""
+        frequency = torch.zeros(self.width, dtype=torch.int64)
+        for block in self.blocks():
+            frequency += block.statistics().frequency
+        return TokenStatistics(frequency, len(self), self.vocabulary)
+
     def gather(self, rows: torch.Tensor | npt.NDArray[np.int64]) -> torch.Tensor:
         """Return any rows, ``(n, width)`` float32, in CSR layout for tokens."""
-        wanted = np.asarray(rows, dtype=np.int64)
-        texts = column(self.corpus.select(wanted), "text") if len(wanted) else []
-        lists = self.model.tokenize(texts, "target") if texts else []
-        counts = TokenCounts.from_lists(lists, vocabulary=self.vocabulary)
+        counts = self.counts(np.asarray(rows, dtype=np.int64))
         found = counts if self.kind == "tokens" else mean_word_embeddings(counts, self._embeddings)
         return found.read(0, len(found))
 

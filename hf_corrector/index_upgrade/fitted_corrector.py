@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from hf_corrector._files import read_json, write_json
-from hf_corrector.cache.side_store import open_side
+from hf_corrector.cache.side_store import open_side, stored_sides, write_counts
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_cache import ApplyOptions, side_kind, write_corrected
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, InputError
+from hf_corrector.index_upgrade.corpus_sides import CorpusSide
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.records import EncoderFingerprint, FittedTargets
 from hf_corrector.side_features import SideFeatures
@@ -30,6 +31,7 @@ class FittedCorrector:
         direction: ``"targets"``: stale targets in, corrected ones out. ``"queries"``: new queries in, out come ones
             that search the old index.
         side: Side features of all targets of the cache, where the corrector takes any and they are at hand.
+        folder: Where it was loaded from: tokens that the folder of the cache would not take are kept there.
     """
 
     model: CorrectorModel
@@ -37,6 +39,7 @@ class FittedCorrector:
     leads_to: EncoderFingerprint
     direction: str = "targets"
     side: SideFeatures | None = None
+    folder: Path | None = None
 
     def apply(
         self, old_cache: str | Path | TargetCache, new_cache: str | Path, *, side: SideFeatures | None = None,
@@ -75,7 +78,8 @@ class FittedCorrector:
         kind = side_kind(self.model)
         if kind is None or self.side is not None:
             return self.side
-        return open_side(cache, kind)
+        kept = self.folder is not None and kind in stored_sides(cache, folder=self.folder)
+        return open_side(cache, kind, folder=self.folder if kept else None)
 
     def map_queries(self, queries: torch.Tensor) -> torch.Tensor:
         """Map vectors of new queries, ``(n, dim_new)``, to ones that search the old index, ``(n, dim_old)``.
@@ -90,11 +94,19 @@ class FittedCorrector:
         return self.model.correct(queries)
 
     def save(self, folder: str | Path) -> Path:
-        """Write corrector and notes into a folder; side features are not kept."""
+        """Write corrector and notes into a folder.
+
+        Side features stay with the cache. Tokens that could not be stored there are written beside the corrector,
+        where :meth:`apply` finds them after :meth:`load`; for ``hf-corrector apply`` copy the files ``side-tokens.*``
+        into the folder of the cache.
+        """
         path = Path(folder)
         self.model.save_pretrained(str(path))
         self.fitted.save(path)
         write_json(path / UPGRADE_FILE, {"direction": self.direction, "leads_to": asdict(self.leads_to)})
+        side = self.side
+        if isinstance(side, CorpusSide) and side.kind == "tokens" and side.manifest is not None:
+            write_counts(path, side.manifest, side.blocks(), details=side.details())
         return path
 
     @classmethod
@@ -120,7 +132,8 @@ class FittedCorrector:
                 cure="Restore the file.",
             )
         leads_to = EncoderFingerprint.from_dict(notes["leads_to"])
-        return cls(CorrectorModel.from_pretrained(str(path)), fitted, leads_to, str(notes["direction"]))
+        model = CorrectorModel.from_pretrained(str(path))
+        return cls(model, fitted, leads_to, str(notes["direction"]), folder=path)
 
     def with_side(self, side: SideFeatures | None) -> FittedCorrector:
         """Return the same with side features at hand."""

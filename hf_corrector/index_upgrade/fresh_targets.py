@@ -11,8 +11,11 @@ import numpy.typing as npt
 import torch
 from tqdm.auto import tqdm
 
+from hf_corrector._files import hash_strings
 from hf_corrector.cache.manifest import MANIFEST_FILE
+from hf_corrector.cache.row_files import hash_texts
 from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.cache.writer import CachePlan, CacheWriter, default_shard_rows
 from hf_corrector.data.retrieval import column
 from hf_corrector.encoding import EncodeOptions
 from hf_corrector.index_upgrade.inputs import UpgradeInputs
@@ -26,8 +29,8 @@ class FreshTargets:
 
     Args:
         inputs: Corpus and encoders.
-        folder: Where to keep them, as caches of parts of the corpus; those that are there already are taken. None
-            keeps them in memory only.
+        folder: Where to keep them, as caches of parts of the corpus; those that are there already are taken where
+            id and text are the same. None keeps them in memory only.
         options: How to encode.
     """
 
@@ -55,11 +58,23 @@ class FreshTargets:
                 shutil.rmtree(path)  # what a run left that was killed while writing it
                 continue
             part = TargetCache.open(path, expected=wanted)
-            rows = self._inputs.cache.rows_of(part.ids)
+            rows, kept = self._same_texts(part)
             mine = np.setdiff1d(mine, rows)
-            self._take(rows, part.read(0, len(part)).float().clone())
+            self._take(rows, part.gather(kept))
         if len(mine):
             self._write(mine, self.gather(mine))
+
+    def _same_texts(self, part: TargetCache) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return rows of the corpus, and where a part has them; targets whose text is another one by now are left."""
+        rows = self._inputs.cache.ids.find(part.ids)
+        if part.text_hashes is None:  # it cannot be seen which texts its vectors are of
+            return rows[:0], rows[:0]
+        known = np.flatnonzero(rows >= 0)
+        kept = known[hash_texts(self._texts(rows[known])) == part.text_hashes[known]]
+        return rows[kept], kept
+
+    def _texts(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        return column(self._inputs.data.corpus.select(rows), "text") if len(rows) else []
 
     @property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -84,9 +99,8 @@ class FreshTargets:
 
     def _encode(self, rows: npt.NDArray[np.int64], bar: tqdm) -> None:
         started, model = time.perf_counter(), self._inputs.model
-        texts = column(self._inputs.data.corpus.select(rows), "text")
         vectors = model.encode_tokens(
-            model.tokenize(texts, "target"), "target", token_budget=self._options.token_budget,
+            model.tokenize(self._texts(rows), "target"), "target", token_budget=self._options.token_budget,
             compute_dtype=self._options.compute_dtype, progress=bar,
         )  # fmt: skip
         self.seconds += time.perf_counter() - started
@@ -108,6 +122,13 @@ class FreshTargets:
         fingerprint = self._inputs.model.fingerprint("target", compute_dtype=self._options.compute_dtype)
         ids = self._inputs.cache.ids
         number = 1 + max((int(path.name[5:]) for path in self._folder.glob("part-*")), default=-1)
-        TargetCache.from_arrays(
-            self._folder / f"part-{number:05d}", vectors, [ids[int(row)] for row in rows], fingerprint=fingerprint
-        )
+        texts, dim = self._texts(rows), int(vectors.shape[1])
+        plan = CachePlan(
+            ids=[ids[int(row)] for row in rows], dim=dim, dtype="float32", fingerprint=fingerprint,
+            texts_hash=hash_strings(texts), shard_rows=default_shard_rows(dim, "float32"),
+            text_hashes=hash_texts(texts),
+        )  # fmt: skip
+        with CacheWriter(self._folder / f"part-{number:05d}", plan) as writer:
+            for shard in writer.pending_shards():
+                writer.write_shard(shard.index, vectors[shard.start : shard.stop])
+            writer.finish()

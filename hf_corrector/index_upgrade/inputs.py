@@ -94,10 +94,11 @@ def load_inputs(
     notes = list(found.notes)
     if old_model is None:
         old, note = _recorded_encoder(cache, model, options)
-        notes += [note] if note else []
+        notes += note
     else:
         old = old_model if isinstance(old_model, DualEncoderModel) else _load_old(str(old_model), cache, model, options)
         _check_made_by(cache, old)
+        notes += [] if isinstance(old_model, DualEncoderModel) else _assumed(str(old_model), old)
     relevant = positives_as_rows(judged, found.corpus)
     return UpgradeInputs(cache, model, old, found, split, judged, relevant, tuple(notes))
 
@@ -160,8 +161,7 @@ def _load(name: Encoder, options: UpgradeOptions, **settings: Any) -> DualEncode
     """Load a saved dual encoder, or make one from any encoder; objects are taken as they are."""
     if isinstance(name, DualEncoderModel):
         return name
-    config = read_repository_json(str(name), "config.json", None)
-    if config is not None and config.get("model_type") == DualEncoderConfig.model_type:
+    if _is_dual_encoder(str(name)):
         model = DualEncoderModel.from_pretrained(str(name))
     else:
         model = DualEncoderModel.from_encoder(str(name), **settings)
@@ -187,22 +187,41 @@ def _load_old(name: str, cache: TargetCache, model: DualEncoderModel, options: U
     return tried[0]
 
 
+def _is_dual_encoder(name: str) -> bool:
+    config = read_repository_json(name, "config.json", None)
+    return config is not None and config.get("model_type") == DualEncoderConfig.model_type
+
+
+def _assumed(name: str, old: DualEncoderModel) -> list[str]:
+    """Say which settings for queries an encoder got that has none of its own, in one sentence."""
+    if _is_dual_encoder(name):
+        return []
+    return [
+        f"Queries of the old encoder {name!r} got the prompt {old.config.query_prompt!r} and were cut to "
+        f"{old.config.query_max_length} tokens, as those of the new one; if it was searched otherwise, give it as a "
+        "saved dual encoder with its own settings."
+    ]
+
+
 def _recorded_encoder(
     cache: TargetCache, model: DualEncoderModel, options: UpgradeOptions
-) -> tuple[DualEncoderModel | None, str]:
-    """Load the encoder a cache names, if it is on this machine and made the cache; else say why there is none."""
+) -> tuple[DualEncoderModel | None, list[str]]:
+    """Load the encoder a cache names, if it is on this machine and made the cache, with a note on what was assumed.
+
+    Else say why there is none.
+    """
     name = cache.fingerprint.name
     hint = "so nothing is said about keeping it; give it as old_model"
     if not _differences(cache, model):
-        return model, ""
+        return model, []
     if not Path(name).is_dir() and not _downloaded(name):
-        return None, f"The old encoder {name!r} is not on this machine, {hint}."
+        return None, [f"The old encoder {name!r} is not on this machine, {hint}."]
     try:
         old = _load_old(name, cache, model, options)
         _check_made_by(cache, old)
     except (HFCorrectorError, OSError, ValueError) as error:
-        return None, f"{name!r} is not (any more) the encoder that made the cache, {hint} ({error})."
-    return old, ""
+        return None, [f"{name!r} is not (any more) the encoder that made the cache, {hint} ({error})."]
+    return old, _assumed(name, old)
 
 
 def _downloaded(name: str) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_corrector.cache.side_store import open_side, stored_sides
+from hf_corrector.cache.side_store import open_side, save_counts, side_details, stored_sides
 from hf_corrector.data.retrieval import column
-from hf_corrector.errors import ConfigurationError, DataError
+from hf_corrector.errors import CacheError, ConfigurationError, DataError
 from hf_corrector.evaluation.evaluator import BoolArray, Judgement
 from hf_corrector.evaluation.verdict import Evidence
 from hf_corrector.evaluation.verdict_slices import QuerySlice, metadata_values, slice_queries
@@ -98,13 +99,26 @@ def choice_options(inputs: UpgradeInputs, wanted: Wanted, options: UpgradeOption
 
 
 def available_sides(inputs: UpgradeInputs, wanted: Wanted) -> dict[str, SideFeatures]:
-    """Return the side features to compare with and without, of all targets, by kind."""
+    """Return the side features to compare with and without, of all targets, by kind.
+
+    Tokens that the cache does not store are counted once and stored in its folder, which changes no vector, so that
+    whoever applies the corrector finds the same. Where that cannot be written they are read off the corpus.
+    """
     if wanted.side is None or wanted.direction == "queries":
         return {}
     kind = "tokens" if wanted.side == "auto" else wanted.side
     if kind in stored_sides(inputs.cache):
         return {kind: open_side(inputs.cache, kind)}
-    return {kind: CorpusSide(inputs.data.corpus, inputs.model, kind)}
+    if kind != "tokens":
+        return {kind: CorpusSide(inputs.data.corpus, inputs.model, kind)}
+    # The cache's own encoder is whose tokens 'embed' would have stored.
+    reader, cache = inputs.old_model or inputs.model, inputs.cache
+    read_off = CorpusSide(inputs.data.corpus, reader, kind, cache.manifest)
+    try:
+        save_counts(cache, read_off.blocks(), details=read_off.details())
+    except (OSError, CacheError):  # a folder that is read-only, full, or being written into
+        return {kind: read_off}
+    return {kind: open_side(cache, kind)}
 
 
 def fit_pairs(
@@ -124,9 +138,19 @@ def fit_pairs(
 
 def _pair_side(side: SideFeatures, choice: PairChoice) -> PairSide:
     features = side.gather(choice.rows)
-    if isinstance(side, TokenCounts):
+    if isinstance(side, TokenCounts) or (isinstance(side, CorpusSide) and side.kind == "tokens"):
         return PairSide(features, side.vocabulary, side.statistics())
-    return PairSide(features, side.vocabulary if isinstance(side, CorpusSide) and side.kind == "tokens" else None)
+    return PairSide(features)
+
+
+def details_of_side(
+    inputs: UpgradeInputs, kind: str | None, sides: Mapping[str, SideFeatures]
+) -> dict[str, Any] | None:
+    """Return what the side features of a fit were made with, as a cache that stores such says; None where unknown."""
+    side = None if kind is None else sides[kind]
+    if isinstance(side, CorpusSide):
+        return dict(side.details())
+    return None if kind is None or kind not in stored_sides(inputs.cache) else side_details(inputs.cache, kind) or None
 
 
 def judged_corpus(
@@ -196,22 +220,22 @@ class Urgency:
         self._cache, self._chosen, self._traffic, self._seed = inputs.cache, chosen, traffic, seed
         self._predictor: ErrorPredictor | None = None
 
-    def of(self, rows: npt.NDArray[np.int64], stale: torch.Tensor) -> FloatArray:
-        """Return the urgency of rows with their stale vectors, ``(n,)``."""
+    def predicted(self, stale: torch.Tensor) -> FloatArray:
+        """Return the predicted squared errors of targets from their stale vectors, ``(n,)``."""
         if self._predictor is None:
             self._predictor = ErrorPredictor.fit(self._chosen, seed=self._seed)
-        traffic = None if self._traffic is None else self._traffic[rows]
-        return urgency(self._predictor.predict(stale), traffic)
+        return self._predictor.predict(stale)
 
     def first(self, share: float | None) -> npt.NDArray[np.int64]:
         """Return the rows of the cache to re-embed first, most urgent first; none for a share of None."""
         if share is None:
             return np.zeros(0, dtype=np.int64)
-        total, parts = len(self._cache), []
-        for start in range(0, total, _ROWS_AT_ONCE):
-            stop = min(start + _ROWS_AT_ONCE, total)
-            parts.append(self.of(np.arange(start, stop), self._cache.read(start, stop)))
-        order = np.argsort(-np.concatenate(parts), kind="stable")
+        total = len(self._cache)
+        parts = [
+            self.predicted(self._cache.read(start, min(start + _ROWS_AT_ONCE, total)))
+            for start in range(0, total, _ROWS_AT_ONCE)
+        ]
+        order = np.argsort(-urgency(np.concatenate(parts), self._traffic), kind="stable")
         return order[: round(share * total)]
 
     def reembedding(
@@ -219,7 +243,7 @@ class Urgency:
     ) -> Callable[[float], FloatArray]:
         """Return what :func:`~hf_corrector.evaluation.verdict.decide` asks for parts of the corpus."""
         corpus = search.corpus
-        urgent = self.of(corpus.rows, corpus.stale)
+        urgent = urgency(self.predicted(corpus.stale), None if self._traffic is None else self._traffic[corpus.rows])
         # In a sample positives are more frequent than in the corpus: the others say how urgent its worst part is.
         typical = np.ones(len(corpus.rows), dtype=np.bool_) if corpus.is_whole else ~np.isin(corpus.rows, positives)
         return reembedding(search, self._chosen, urgent, typical=typical, metric=metric)

@@ -185,6 +185,8 @@ class UpgradeReport:
     def save(self, folder: str | Path) -> Path:
         """Write corrector, pairs, fresh vectors and ``run.json`` into a folder, the record last.
 
+        Tokens the corrector reads that could not be stored with the cache are written with the corrector.
+
         Returns:
             The folder.
         """

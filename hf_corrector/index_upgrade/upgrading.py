@@ -19,6 +19,7 @@ from hf_corrector.index_upgrade.measuring import (
     Urgency,
     available_sides,
     choice_options,
+    details_of_side,
     evidence_of,
     fit_pairs,
     judged_corpus,
@@ -53,6 +54,10 @@ def upgrade(  # noqa: PLR0913 - the questions a user answers, each with a defaul
     the old model kept, the stale index, each corrector, a part re-embedded at the same budget, reranking, and a full
     re-embedding, for which the judged targets are re-encoded too (see :attr:`UpgradeOptions.judge_targets`). What
     answers a judged query never is among the fitting pairs.
+
+    Where correctors may read the targets' tokens and the old cache stores none, they are counted once and stored in its
+    folder, as ``hf-corrector embed`` does; its vectors are only read. If nothing can be written there, the saved report
+    keeps the tokens with the corrector.
 
     Args:
         old_cache: Vectors of the old encoder: a cache or its folder.
@@ -158,9 +163,10 @@ def _corrector(
     inputs: UpgradeInputs, fit: Fit, choice: PairChoice, *, sides: Mapping[str, SideFeatures], direction: str
 ) -> FittedCorrector:
     leads_to = inputs.model.fingerprint("target") if direction == "targets" else inputs.cache.fingerprint
-    rows = tuple(choice.rows.tolist())
+    rows, new = tuple(choice.rows.tolist()), inputs.model.fingerprint("target")
     fitted = FittedTargets(
-        cache=inputs.cache.manifest.checksum, encoder=leads_to.digest, rows=rows,
-        ids=tuple(inputs.cache.ids[row] for row in rows), encoder_fingerprint=leads_to.to_dict(),
+        cache=inputs.cache.manifest.checksum, encoder=new.digest, rows=rows,
+        ids=tuple(inputs.cache.ids[row] for row in rows), encoder_fingerprint=new.to_dict(),
+        side_details=details_of_side(inputs, fit.side, sides), direction=direction,
     )  # fmt: skip
     return FittedCorrector(fit.model, fitted, leads_to, direction, None if fit.side is None else sides[fit.side])
