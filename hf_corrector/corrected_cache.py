@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 from tqdm.auto import tqdm
@@ -44,6 +46,7 @@ class ApplyOptions:
         shard_rows: Rows of a shard; a run that was killed starts again at the last unfinished shard.
         chunk_rows: Rows corrected at a time.
         verify: Whether to compare what is read with its checksums, so that no damage gets a checksum of its own.
+        reembedded: Vectors of some of the targets by the new encoder itself; they are taken instead of corrected ones.
         progress: Whether to show a progress bar.
     """
 
@@ -52,6 +55,7 @@ class ApplyOptions:
     shard_rows: int = DEFAULT_SHARD_ROWS
     chunk_rows: int = DEFAULT_CHUNK_ROWS
     verify: bool = True
+    reembedded: TargetCache | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -96,9 +100,11 @@ def write_corrected(
     plan = CachePlan(
         ids=cache.ids, dim=int(corrector.config.output_dim or 0), texts_hash=cache.texts_hash,
         dtype=cache.manifest.dtype if options.cache_dtype is None else options.cache_dtype,
-        fingerprint=corrected_fingerprint(corrector, cache, encoder, side=side), shard_rows=options.shard_rows,
+        fingerprint=_made_of(options.reembedded, corrected_fingerprint(corrector, cache, encoder, side=side)),
+        shard_rows=options.shard_rows,
         text_hashes=cache.text_hashes,
     )  # fmt: skip
+    fresh = _FreshRows.of(options.reembedded, cache, encoder)
     with CacheWriter(path, plan) as writer, _moved(corrector, options.device):
         pending = writer.pending_shards()
         with tqdm(
@@ -106,10 +112,50 @@ def write_corrected(
             unit="row", disable=not options.progress,
         ) as bar:  # fmt: skip
             for shard in pending:
-                chunks = _corrected_chunks(corrector, cache, side, shard=shard, options=options)
+                chunks = map(fresh.put_into, _corrected_chunks(corrector, cache, side, shard=shard, options=options))
                 writer.write_pieces(shard.index, _counted(_ahead(chunks), bar))
         _check_conserved(cache, writer.path)
         return writer.finish()
+
+
+class _FreshRows:
+    """Rows that need no correction.
+
+    Args:
+        rows: Row of each fresh vector in the older cache, ascending, ``(m,)``.
+        source: The vectors, or None.
+        places: Place of each in ``source``, ``(m,)``.
+    """
+
+    def __init__(self, rows: npt.NDArray[np.int64], source: TargetCache | None, places: npt.NDArray[np.int64]) -> None:
+        self.rows, self.source, self.places = rows, source, places
+
+    @classmethod
+    def of(cls, source: TargetCache | None, cache: TargetCache, encoder: EncoderFingerprint) -> _FreshRows:
+        """Find the rows of re-encoded targets (CacheMismatchError if another encoder made them)."""
+        if source is None:
+            none = np.zeros(0, dtype=np.int64)
+            return cls(none, None, none)
+        expected = replace(encoder, compute_dtype=source.fingerprint.compute_dtype)
+        check_fingerprint(str(source.path), expected=expected, got=source.fingerprint)
+        rows = cache.rows_of(source.ids)
+        order = np.argsort(rows)
+        return cls(rows[order], source, order)
+
+    def put_into(self, chunk: tuple[int, torch.Tensor]) -> torch.Tensor:
+        """Overwrite those of the corrected rows from a first row on, ``(n, dim)``, that are there fresh."""
+        start, corrected = chunk
+        begin, end = np.searchsorted(self.rows, [start, start + len(corrected)])
+        if self.source is not None and end > begin:
+            corrected[torch.from_numpy(self.rows[begin:end] - start)] = self.source.gather(self.places[begin:end])
+        return corrected
+
+
+def _made_of(reembedded: TargetCache | None, made_by: EncoderFingerprint) -> EncoderFingerprint:
+    """Return who made vectors of which some were encoded: two such caches are the same only if these rows are."""
+    if reembedded is None:
+        return made_by
+    return replace(made_by, corrected_from=hash_strings([str(made_by.corrected_from), reembedded.manifest.checksum]))
 
 
 @contextmanager
@@ -234,7 +280,7 @@ def side_kind(corrector: CorrectorModel) -> str | None:
 def _corrected_chunks(
     corrector: CorrectorModel, cache: TargetCache, side: SideFeatures | None, *, shard: ShardRange,
     options: ApplyOptions,
-) -> Iterator[torch.Tensor]:  # fmt: skip
+) -> Iterator[tuple[int, torch.Tensor]]:  # fmt: skip
     device = torch.device(options.device)
     for start in range(shard.start, shard.stop, options.chunk_rows):
         stop = min(start + options.chunk_rows, shard.stop)
@@ -242,7 +288,7 @@ def _corrected_chunks(
             cache.check_bytes(start, stop)
         stale = cache.read(start, stop).to(device, torch.float32)
         read = None if side is None else side.read(start, stop).to(device)
-        yield _correct(corrector, stale, read).cpu()
+        yield start, _correct(corrector, stale, read).cpu()
 
 
 @torch.no_grad()

@@ -6,7 +6,9 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from upgrade_helpers import cache_of, make_data, new_encoder, old_encoder
 
 from hf_corrector.cache.target_cache import TargetCache
@@ -16,6 +18,7 @@ from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.errors import DataError
 from hf_corrector.index.exact import ExactIndex
 from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
+from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 
 
@@ -97,8 +100,20 @@ def test_reembed_first_is_status_4(place: Path, tmp_path: Path, capsys: pytest.C
     assert call(place, out, *more) == 4
     shown = capsys.readouterr().out
     assert "next: hf-corrector apply --corrector" in shown
-    assert f"listed in {out / 'reembed_first.jsonl'}" in shown and "over the corrected vectors" in shown
-    assert (out / "reembed_first.jsonl").stat().st_size > 0
+    assert f"--reembed {out / 'reembed_first.jsonl'}" in shown
+    listed = [json.loads(line) for line in (out / "reembed_first.jsonl").read_text().splitlines()]
+    words = shown[shown.index("next: hf-corrector ") + len("next: hf-corrector ") :].splitlines()[0].split()
+    words[words.index("CORRECTED")] = str(tmp_path / "corrected")
+    assert main([*words, "--quiet"]) == 0
+    old, new, made = (
+        TargetCache.open(path) for path in (place / "old_cache", place / "new_cache", tmp_path / "corrected")
+    )
+    rows = old.rows_of(listed)
+    torch.testing.assert_close(made.gather(rows), new.gather(rows), atol=1e-5, rtol=0)
+    others = np.setdiff1d(np.arange(len(old)), rows)
+    corrector = CorrectorModel.from_pretrained(str(out / "corrector"))
+    torch.testing.assert_close(made.gather(others), corrector.correct(old.gather(others)), atol=1e-5, rtol=0)
+    assert not (tmp_path / "corrected-reembedded").exists()
 
 
 def test_queries_direction_leaves_the_index_alone(

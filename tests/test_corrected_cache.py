@@ -87,6 +87,22 @@ def test_an_edited_cache_is_corrected_as_it_is_now(cache: TargetCache, tmp_path:
     assert list(corrected.ids) == list(edited.ids)
 
 
+def test_rows_that_were_encoded_again_are_taken_as_they_are(cache: TargetCache, tmp_path: Path) -> None:
+    fresh = normalize(torch.ones(3, 4) + torch.eye(3, 4), dim=1)
+    ids = [cache.ids[row] for row in (7, 2, 3)]
+    some = TargetCache.from_arrays(tmp_path / "some", fresh, ids, fingerprint=NEW)
+    options = replace(QUIET, reembedded=some)
+    mixed = write_corrected(affine(), cache, tmp_path / "new", encoder=NEW, options=options)
+    plain = write_corrected(affine(), cache, tmp_path / "plain", encoder=NEW, options=QUIET)
+    expected = plain.read(0, 10).clone()
+    expected[[7, 2, 3]] = fresh
+    assert torch.equal(mixed.read(0, 10), expected)
+    assert mixed.fingerprint != plain.fingerprint
+    other = TargetCache.from_arrays(tmp_path / "other", fresh, ids, fingerprint=replace(NEW, weights="o" * 32))
+    with pytest.raises(CacheMismatchError, match="encoder"):
+        write_corrected(affine(), cache, tmp_path / "wrong", encoder=NEW, options=replace(QUIET, reembedded=other))
+
+
 def test_side_features_reach_the_corrector(cache: TargetCache, tmp_path: Path) -> None:
     config = CorrectorConfig(kind="affine", input_dim=4, side="matrix", side_dim=3, normalize_output=False)
     corrector = CorrectorModel(config)

@@ -193,9 +193,7 @@ def test_checklist_carries_the_numbers_of_the_run() -> None:
     assert 0.88 < low < 0.9 and f"below {low:.3f}" in text
     part = decided(evidence(old=0.3, stale=0.2, corrected=0.35, fresh=0.6), dict.fromkeys(RULES.reembed_shares, 0.55))
     text = checklist(part, sliced, watched)
-    assert (
-        "5 % of targets listed in reembed_first.jsonl" in text and "over the corrected vectors of the same ids" in text
-    )
+    assert "5 % of targets listed in reembed_first.jsonl" in text and "hf-corrector apply --reembed" in text
     lost = decided(evidence(old=0.6, stale=0.2, corrected=0.4, fresh=0.5))
     assert "Nothing to adopt" in checklist(lost, found, watched)
     assert queries_to_detect(evidence(old=0.6, corrected=0.4, fresh=0.5)) is None

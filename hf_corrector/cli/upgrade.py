@@ -39,9 +39,8 @@ EXAMPLES = """\
 
 exit status: 0 go, 3 no-go, 4 re-embed a part first; 1 a problem that was explained, 2 wrong usage.
 Then, for a go:  hf-corrector apply --help    (or hf-corrector search --help with --direction queries)
-For status 4:    reembed_first.jsonl in OUT names targets, an id a line, worst first. Write the corrected vectors with
-                 hf-corrector apply, re-encode these ids with the new model, and write them over the corrected vectors
-                 of the same ids in the index you serve from, all before you switch. No command does that for you.
+For status 4:    reembed_first.jsonl in OUT names targets, an id a line, worst first; hf-corrector apply --reembed
+                 re-encodes these and corrects the others.
 """
 
 
@@ -75,11 +74,8 @@ def _next_step(arguments: argparse.Namespace, report: UpgradeReport) -> str:
     step = f"next: hf-corrector apply {corrector} --output_dir CORRECTED"
     if report.decision.decision == "go":
         return step
-    return (
-        f"{step}\nthen: re-encode the {len(report.reembed_first):,} targets listed in "
-        f"{Path(arguments.output_dir) / FIRST_FILE} with {arguments.new_model}, and write them over the corrected "
-        "vectors of the same ids in the index you serve from, before you switch"
-    )
+    listed = f"--reembed {Path(arguments.output_dir) / FIRST_FILE} --model {arguments.new_model}"
+    return f"{step} {listed} --data {arguments.data}"
 
 
 def _options(arguments: argparse.Namespace) -> UpgradeOptions:

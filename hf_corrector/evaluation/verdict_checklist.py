@@ -93,9 +93,8 @@ def _first_stage(verdict: Verdict, *, queries: bool) -> str:
     if verdict.decision == "re-embed first":
         share = 100 * (verdict.reembed_share or 0)
         return (
-            f"Prepare: write the corrected vectors beside the old ones, re-encode the {share:.0f} % of targets listed "
-            "in reembed_first.jsonl (an id a line, worst first) with the new model, and write these over the corrected "
-            "vectors of the same ids in the index you serve from; do not switch before they are done."
+            f"Prepare: write the corrected vectors beside the old ones, with the {share:.0f} % of targets listed in "
+            "reembed_first.jsonl re-encoded by the new model (hf-corrector apply --reembed does both)."
         )
     return "Prepare: write the corrected vectors beside the old ones; the old cache is only read."
 
