@@ -215,7 +215,7 @@ def test_apply_writes_a_cache_that_the_new_encoder_searches_and_no_one_takes_for
     corrector, new = str(trained / "corrector"), str(tmp_path / "new")
     apply = ["apply", "--corrector", corrector, "--cache", str(trained / "cache"), "--output_dir", new, "--quiet"]
     assert main(apply) == 0
-    assert "60 targets corrected, not re-encoded" in capsys.readouterr().out
+    assert "60 targets corrected, 0 re-encoded" in capsys.readouterr().out
     assert main(apply) == 0
     old, corrected = TargetCache.open(trained / "cache"), TargetCache.open(new, verify="full")
     expected = CorrectorModel.from_pretrained(corrector).correct(old.read(0, 60))
