@@ -48,6 +48,7 @@ from hf_corrector.planning.probe import (
 from hf_corrector.planning.worst_first import ResidualPredictor, cross_fitted_residuals, worst_first
 from hf_corrector.records import COSTS, RunRecord
 
+LEADS = "Forecasts of recovery are leads and often too sure of themselves: let 'hf-corrector upgrade' decide."
 EXAMPLES = """\
   hf-corrector plan --cache cache --model my-finetuned-encoder --data my_beir_folder --probe 500 --output_dir planned
   hf-corrector plan --cache cache --model out --old_model intfloat/e5-base-v2 --data my_beir_folder \\
@@ -104,7 +105,7 @@ def run(argv: list[str]) -> int:
     goal = _goal(arguments, targets=len(cache), measured=probed.seconds_per_pass)
     answer = plan(curves, probe=len(probed.rows), goal=goal, quality=quality,
                   seed=arguments.seed)  # fmt: skip
-    said = [answer.table(), "", answer.sentence()]
+    said = [answer.table(), "", answer.sentence(), LEADS]
     if records:
         said.append(_words_on_holding(records, arguments.min_cosine, answer, curves[answer.family]))
     if arguments.worst_first:
