@@ -18,6 +18,7 @@ from hf_corrector.cli.common import (
     add_data_argument,
     add_device_argument,
     add_model_arguments,
+    check_same_targets,
     corrector_of_cache,
     load_corrector,
     load_data,
@@ -27,9 +28,8 @@ from hf_corrector.cli.common import (
     side_of,
 )
 from hf_corrector.corrected_cache import DEFAULT_SHARD_ROWS, ApplyOptions, write_corrected
-from hf_corrector.data.retrieval import texts_hash
 from hf_corrector.encoding import EncodeOptions, build_cache
-from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError, InputError
+from hf_corrector.errors import ConfigurationError, DataError, InputError
 from hf_corrector.records import COSTS, EncoderFingerprint, FittedTargets, RunRecord
 
 EXAMPLES = """\
@@ -47,10 +47,10 @@ def run(argv: list[str]) -> int:
     quieten()
     cache, started = TargetCache.open(arguments.cache), time.time()
     corrector, fitted = corrector_of_cache(arguments.corrector, cache)
-    reembedded, encoded = _reembedded(arguments, cache)
+    encoder, side = _encoder(arguments, cache, fitted), side_of(cache, corrector, fitted)
+    reembedded, encoded = _reembedded(arguments, cache)  # only now: the dear part
     corrected = write_corrected(
-        corrector, cache, Path(arguments.output_dir), encoder=_encoder(arguments, cache, fitted),
-        side=side_of(cache, corrector, fitted),
+        corrector, cache, Path(arguments.output_dir), encoder=encoder, side=side,
         options=ApplyOptions(
             cache_dtype=arguments.cache_dtype, device=arguments.device, shard_rows=arguments.shard_rows,
             reembedded=reembedded, progress=not arguments.quiet,
@@ -83,11 +83,7 @@ def _reembedded(arguments: argparse.Namespace, cache: TargetCache) -> tuple[Targ
         )  # fmt: skip
     rows = np.sort(cache.rows_of(_listed(Path(arguments.reembed))))
     data = load_data(arguments.data)
-    if texts_hash(data.corpus) != cache.texts_hash:
-        raise CacheMismatchError(
-            arguments.cache, expected="a cache of the targets in --data", got="other ids or texts",
-            cure="Name the data the cache was made from.",
-        )  # fmt: skip
+    check_same_targets(cache, data)
     out = Path(arguments.output_dir)
     options = EncodeOptions(token_counts=False, progress=not arguments.quiet)
     model = EncoderChoice.of(arguments).load(arguments.device)

@@ -17,7 +17,7 @@ from hf_corrector.cache.side_store import open_side, side_details
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_cache import side_kind
 from hf_corrector.data.datasets import load_retrieval_data
-from hf_corrector.data.retrieval import RetrievalData
+from hf_corrector.data.retrieval import RetrievalData, texts_hash
 from hf_corrector.data.stdlib import standard_library_data
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError, InputError
 from hf_corrector.models.configuration_dual_encoder import POOLINGS, DualEncoderConfig
@@ -258,6 +258,19 @@ def load_old_model(arguments: argparse.Namespace, model: DualEncoderModel, cache
         )  # fmt: skip
     check_made_by(cache, old)
     return on_device(old, arguments.device)
+
+
+def check_same_targets(cache: TargetCache, data: RetrievalData) -> None:
+    """Refuse a cache of other targets than those of the data.
+
+    Raises:
+        CacheMismatchError: If ids, texts or their order differ.
+    """
+    if texts_hash(data.corpus) != cache.texts_hash:
+        raise CacheMismatchError(
+            str(cache.path), expected="a cache of the targets in --data", got="other ids or texts",
+            cure="Name the data the cache was made from.",
+        )  # fmt: skip
 
 
 def side_of(cache: TargetCache, corrector: CorrectorModel, fitted: FittedTargets | None) -> SideFeatures | None:

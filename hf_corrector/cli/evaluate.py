@@ -16,6 +16,7 @@ from hf_corrector.cli.common import (
     add_data_argument,
     add_device_argument,
     add_model_arguments,
+    check_same_targets,
     judged_split,
     load_corrector,
     load_data,
@@ -28,9 +29,8 @@ from hf_corrector.cli.common import (
 )
 from hf_corrector.corrected_cache import check_comparable
 from hf_corrector.corrected_targets import CorrectedTargets
-from hf_corrector.data.retrieval import column, positives_as_rows, texts_hash
+from hf_corrector.data.retrieval import column, positives_as_rows
 from hf_corrector.encoding import EncodeOptions, build_cache
-from hf_corrector.errors import CacheMismatchError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.staleness import Conditions, measure_staleness
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
@@ -49,11 +49,7 @@ def run(argv: list[str]) -> int:
     quieten()
     out, started = new_output_folder(arguments.output_dir), time.time()
     data, cache = load_data(arguments.data), TargetCache.open(arguments.cache)
-    if texts_hash(data.corpus) != cache.texts_hash:
-        raise CacheMismatchError(
-            arguments.cache, expected="a cache of the targets in --data", got="other ids or texts",
-            cure="Name the data the cache was made from.",
-        )  # fmt: skip
+    check_same_targets(cache, data)
     model, split = EncoderChoice.of(arguments).load(arguments.device), judged_split(data)
     corrector, fitted = load_corrector(arguments.corrector, cache, model)
     if corrector is None and cache.fingerprint.corrected_from is not None:

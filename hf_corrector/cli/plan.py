@@ -19,6 +19,7 @@ from hf_corrector.cli.common import (
     add_data_argument,
     add_device_argument,
     add_model_arguments,
+    check_same_targets,
     load_data,
     load_old_model,
     new_output_folder,
@@ -26,8 +27,8 @@ from hf_corrector.cli.common import (
     plain_arguments,
     quieten,
 )
-from hf_corrector.data.retrieval import RetrievalData, column, positives_as_rows, texts_hash
-from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError, InputError
+from hf_corrector.data.retrieval import RetrievalData, column, positives_as_rows
+from hf_corrector.errors import ConfigurationError, DataError, InputError
 from hf_corrector.evaluation.evaluator import clean_queries
 from hf_corrector.index_upgrade.corpus_sides import CorpusSide
 from hf_corrector.metrics import FloatArray
@@ -87,11 +88,7 @@ def run(argv: list[str]) -> int:
     quieten()
     out, started = new_output_folder(arguments.output_dir), time.time()
     data, cache = load_data(arguments.data), TargetCache.open(arguments.cache)
-    if texts_hash(data.corpus) != cache.texts_hash:
-        raise CacheMismatchError(
-            arguments.cache, expected="a cache of the targets in --data", got="other ids or texts",
-            cure="Name the data the cache was made from.",
-        )  # fmt: skip
+    check_same_targets(cache, data)
     model = EncoderChoice.of(arguments).load(arguments.device)
     records = [RunRecord.load(Path(folder)) for folder in arguments.records]
     traffic = None if arguments.traffic is None else read_traffic(Path(arguments.traffic), cache)
