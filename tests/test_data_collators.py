@@ -55,6 +55,18 @@ def test_every_judgement_is_one_example_queries_first_then_target_rows(pairs: Pa
     assert pairs[1] == {"query_tokens": [11, 12], "query_row": 0, "target_row": 2, "target_tokens": [25, 26]}
 
 
+def test_one_example_per_query_is_its_best_positive_of_the_lowest_row(build_store: BuildStore) -> None:
+    queries = build_store("queries", [[11], [12], [13], [14]])
+    targets = build_store("targets", [[21], [22], [23], [24]])
+    positives = [{3: 1.0, 2: 2.0, 1: 2.0}, {0: 0.5}, {}, {3: 1.0, 0: 1.0}]
+    best = PairDataset(positives, queries, targets, one_example_per_query=True)
+    assert best.query_rows.tolist() == [0, 1, 3]
+    assert best.target_rows.tolist() == [1, 0, 0]
+    assert best.grades.tolist() == [2.0, 0.5, 1.0]
+    assert best[2] == {"query_tokens": [14], "query_row": 3, "target_row": 0, "target_tokens": [21]}
+    assert len(PairDataset(positives, queries, targets)) == 6
+
+
 def test_collator_pads_queries_and_targets_apart(pairs: PairDataset) -> None:
     batch = PairCollator(pad_token_id=0, target_pad_token_id=1)([pairs[0], pairs[2]])
     assert batch["queries"]["input_ids"].tolist() == [[11, 12], [13, 0]]

@@ -85,6 +85,7 @@ def test_judgements_of_grade_zero_are_dropped_and_counted(folder: Path) -> None:
     assert "train: judgements dropped for a grade of 0 or less: 2" in data.notes
     assert "train: queries dropped for want of a positive target: 1" in data.notes
     assert "test: judgements dropped for a grade of 0 or less: 1" in data.notes
+    assert "negative_ids" not in data.test.column_names
 
 
 def test_missing_splits_are_none(folder: Path) -> None:
@@ -220,8 +221,10 @@ def test_folder_without_judgements_is_refused(folder: Path) -> None:
 
 
 def test_paths_that_are_no_folder_are_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match="got a file"):
+    with pytest.raises(DataError, match="For BEIR, pass the folder"):
         load_retrieval_data(str(folder / "corpus.jsonl"))
+    with pytest.raises(DataError, match="got a file"):
+        load_retrieval_data(str(folder / "qrels" / "test.tsv"))
     with pytest.raises(DataError, match="got no such folder"):
         load_retrieval_data("./somewhere/not/here")
     with pytest.raises(DataError, match="got no such folder"):

@@ -2,6 +2,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_corrector.data.datasets import RetrievalData, from_pairs, positives_as_rows, validate
+from hf_corrector.data.judgements import given_negatives_as_rows
 from hf_corrector.errors import ConfigurationError, DataError
 
 
@@ -62,6 +63,37 @@ def test_labels_of_zero_make_negatives() -> None:
     assert data.corpus["text"][:] == ["yes", "no", "never"]
     assert data.train is not None and positives_as_rows(data.train, data.corpus) == [{0: 1.0}]
     assert data.notes == ("queries dropped for want of a positive target: 1",)
+    assert given_negatives_as_rows(data.train, data.corpus)[:] == [[1]]
+
+
+def test_negatives_of_a_row_become_given_negatives_of_its_query() -> None:
+    rows = {
+        "anchor": ["q", "r", "q"],
+        "positive": ["x", "y", "z"],
+        "negative_1": ["a", "b", "x"],
+        "negative_2": ["b", "a", "b"],
+    }
+    data = from_pairs(Dataset.from_dict(rows), dev_fraction=0, test_fraction=0)
+    validate(data)
+    assert data.corpus["text"][:] == ["x", "a", "b", "y", "z"] and data.train is not None
+    assert positives_as_rows(data.train, data.corpus) == [{0: 1.0, 4: 1.0}, {3: 1.0}]
+    assert given_negatives_as_rows(data.train, data.corpus)[:] == [[1, 2], [2, 1]]
+    assert data.notes == ("given negatives dropped because they answer the same query: 1",)
+
+
+def test_pairs_without_negatives_have_no_column_of_them() -> None:
+    data = from_pairs(Dataset.from_dict({"a": ["q"], "b": ["x"]}), dev_fraction=0, test_fraction=0)
+    assert data.train is not None
+    assert data.train.column_names == ["query_id", "query", "positive_ids", "positive_grades", "metadata"]
+
+
+def test_every_split_keeps_the_negatives_of_its_queries() -> None:
+    data = from_pairs(pairs_dataset(), dev_fraction=0.2, test_fraction=0.2)
+    validate(data)
+    for split in data.splits.values():
+        text_of = dict(zip(data.corpus["id"], data.corpus["text"], strict=True))
+        assert all(text_of[one].startswith("wrong") for ids in split["negative_ids"] for one in ids)
+        assert all(ids for ids in split["negative_ids"])
 
 
 def test_missing_negatives_are_left_out() -> None:

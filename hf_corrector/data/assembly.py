@@ -6,7 +6,6 @@ their content is found here, and reported with the line or row it came from.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from datasets import Dataset
 
+from hf_corrector.data.fields import identifier, metadata_of, text_field
 from hf_corrector.data.retrieval import (
     QUERY_FEATURES,
     SPLITS,
@@ -27,6 +27,7 @@ from hf_corrector.errors import ConfigurationError, DataError
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 DEV_ALIASES = ("dev", "validation", "valid", "val")
+KNOWN_FIELDS = ("_id", "id", "title", "text")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def assemble(
         graded, more = _read_judgements(records, query_by_id, target_ids)
         notes += [f"{name}: {note}" for note in more]
         splits[name] = dataset_from_rows(_query_rows(graded, query_by_id, queries), QUERY_FEATURES)
-    notes += _shared_queries(splits)
+    notes += shared_queries(splits)
     for note in notes:
         logger.info("%s", note)
     return RetrievalData(
@@ -145,36 +146,43 @@ def _read_targets(records: Records[Any]) -> tuple[Dataset, set[str], list[str]]:
 
     def rows() -> Iterator[dict[str, str]]:
         for number, record in records.items:
-            target_id = _identifier(records, number, record)
+            where = records.where(number)
+            target_id = identifier(record, where)
             if target_id in seen:
-                raise _duplicate(records, number, target_id)
+                raise duplicate(where, target_id)
             seen.add(target_id)
-            title, text = _text(records, number, record, "title"), _text(records, number, record, "text")
-            joined = f"{title} {text}".strip() if title else text
+            title = text_field(record, "title", where)
+            joined = with_title(title, text_field(record, "text", where))
             if not joined:
                 empty.append(number)
             extra = {"title": title} if title else {}
-            yield {"id": target_id, "text": joined, "metadata": _metadata(record, extra)}
+            yield {"id": target_id, "text": joined, "metadata": metadata_of(record, KNOWN_FIELDS, extra)}
 
     corpus = dataset_from_rows(rows(), TARGET_FEATURES)
     if not seen:
         raise DataError(records.name, expected="at least one target", got="none", cure="Add targets.")
     if not empty:
         return corpus, seen, []
-    note = f"corpus: targets without text: {len(empty)} of {len(seen)}, the first at {records.unit} {empty[0]}"
-    logger.warning("%s: %s", records.name, note)
-    return corpus, seen, [note]
+    return corpus, seen, [warn_of_empty(records.name, len(empty), len(seen), f"{records.unit} {empty[0]}")]
+
+
+def warn_of_empty(name: str, empty: int, targets: int, first: str) -> str:
+    """Log how many targets have no text, which published sets do have, and return it as a note."""
+    note = f"corpus: targets without text: {empty} of {targets}, the first at {first}"
+    logger.warning("%s: %s", name, note)
+    return note
 
 
 def _read_queries(records: Records[Any]) -> dict[str, _Query]:
     queries: dict[str, _Query] = {}
     for number, record in records.items:
-        query_id = _identifier(records, number, record)
+        where = records.where(number)
+        query_id = identifier(record, where)
         if query_id in queries:
-            raise _duplicate(records, number, query_id)
-        text = _text(records, number, record, "text")
+            raise duplicate(where, query_id)
         extra = {"title": record["title"]} if record.get("title") else {}
-        queries[query_id] = _Query(number, text, _metadata(record, extra))
+        metadata = metadata_of(record, KNOWN_FIELDS, extra)
+        queries[query_id] = _Query(number, text_field(record, "text", where), metadata)
     return queries
 
 
@@ -184,11 +192,11 @@ def _read_judgements(
     """Group judgements by query, checking that both ends exist and that no two contradict each other."""
     graded: dict[str, dict[str, int]] = {}
     for number, (query_id, target_id, grade) in records.items:
-        for kind, identifier, known in (("query", query_id, queries), ("target", target_id, target_ids)):
-            if identifier not in known:
+        for kind, wanted, known in (("query", query_id, queries), ("target", target_id, target_ids)):
+            if wanted not in known:
                 raise DataError(
                     records.where(number), expected=f"the id of a known {kind}",
-                    got=f"{identifier!r}, which is not among the {len(known)} {kind} ids",
+                    got=f"{wanted!r}, which is not among the {len(known)} {kind} ids",
                     cure=f"Add the {kind} or remove the judgement.",
                 )  # fmt: skip
         if graded.setdefault(query_id, {}).setdefault(target_id, grade) != grade:
@@ -226,7 +234,7 @@ def _query_rows(
         }  # fmt: skip
 
 
-def _shared_queries(splits: Mapping[str, Dataset]) -> list[str]:
+def shared_queries(splits: Mapping[str, Dataset]) -> list[str]:
     """Note queries of dev and test that were also trained on, word for word."""
     if "train" not in splits:
         return []
@@ -239,68 +247,14 @@ def _shared_queries(splits: Mapping[str, Dataset]) -> list[str]:
     return notes
 
 
-def _identifier(records: Records[Any], number: int, record: Any) -> str:
-    if not isinstance(record, dict):
-        raise DataError(
-            records.where(number), expected="an object with _id and text", got=type(record).__name__,
-            cure="Write one JSON object per line.",
-        )  # fmt: skip
-    value = record.get("_id", record.get("id"))
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value:
-        raise DataError(
-            records.where(number), expected="a string in _id", got=f"{value!r} in {sorted(record)}",
-            cure="Give every record an _id of its own.",
-        )  # fmt: skip
-    return value
+def with_title(title: str, text: str) -> str:
+    """Put a title in front of a text, as one text."""
+    return f"{title} {text}".strip() if title else text
 
 
-def _text(records: Records[Any], number: int, record: Mapping[str, Any], key: str) -> str:
-    """Return the stripped text of a field; null counts as empty, and a missing title too."""
-    value = record.get(key)
-    if value is None and (key == "title" or key in record):
-        return ""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                records.where(number), expected=f"valid Unicode in {key!r}", got=f"half a character ({error.reason})",
-                cure="Write the file again from its source.",
-            ) from error  # fmt: skip
-        return value.strip()
-    raise DataError(
-        records.where(number), expected=f"a string in {key!r}", got=f"{value!r} in {sorted(record)}",
-        cure=f"Give every record a {key!r}.",
-    )  # fmt: skip
-
-
-def _metadata(record: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
-    """Keep every further field as one JSON object, with the contents of ``metadata`` at its top level."""
-    merged: dict[str, Any] = {}
-    inner = record.get("metadata")
-    if isinstance(inner, str):
-        inner = _object_or_text(inner)
-    if isinstance(inner, dict):
-        merged.update(inner)
-    elif inner is not None:
-        merged["metadata"] = inner
-    known = {"_id", "id", "title", "text", "metadata"}
-    merged.update({key: value for key, value in record.items() if key not in known and value is not None})
-    return json.dumps({**merged, **extra}, ensure_ascii=False, default=str)
-
-
-def _object_or_text(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, dict) else text
-
-
-def _duplicate(records: Records[Any], number: int, identifier: str) -> DataError:
+def duplicate(where: str, found: str) -> DataError:
+    """Return the error for an id that occurs twice."""
     return DataError(
-        records.where(number), expected="an _id of its own", got=f"{identifier!r} again",
+        where, expected="an _id of its own", got=f"{found!r} again",
         cure="Remove the repeated record or rename one of the two.",
     )  # fmt: skip

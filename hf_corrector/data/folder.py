@@ -2,21 +2,20 @@
 
 A line of ``corpus.jsonl`` is ``{"_id": ..., "title": ..., "text": ...}``, of ``queries.jsonl`` ``{"_id": ...,
 "text": ...}``; further fields are kept as metadata. A qrels line is query id, target id and an integer grade, separated
-by tabs, under the header ``query-id corpus-id score``. UTF-8 with or without a byte order mark; any line ends.
+by tabs, under the header ``query-id corpus-id score``; a grade of 0 or less says that a target is no answer, and makes
+it neither a positive nor a given negative. UTF-8 with or without a byte order mark; any line ends.
 """
 
 from __future__ import annotations
 
-import codecs
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from hf_corrector._files import parse_json
 from hf_corrector.data.assembly import Judgement, Records, assemble, check_split_names, choose_splits
+from hf_corrector.data.json_lines import json_records, numbered_lines
 from hf_corrector.data.retrieval import RetrievalData
-from hf_corrector.errors import DataError, InputError
+from hf_corrector.errors import DataError
 
 CORPUS_FILE, QUERIES_FILE, QRELS_FOLDER = "corpus.jsonl", "queries.jsonl", "qrels"
 HEADER = ("query-id", "corpus-id", "score")
@@ -43,7 +42,7 @@ def load_folder(folder: Path, splits: Mapping[str, str] | None = None) -> Retrie
             )  # fmt: skip
     # Judgements are small and read first, so that a mistake in them is not found after a large corpus.
     judgements = {split: _read_qrels(path) for split, path in paths.items()}
-    return assemble(_json_records(folder / CORPUS_FILE), _json_records(folder / QUERIES_FILE), judgements)
+    return assemble(json_records(folder / CORPUS_FILE), json_records(folder / QUERIES_FILE), judgements)
 
 
 def _qrels_paths(folder: Path, splits: Mapping[str, str] | None) -> dict[str, Path]:
@@ -61,29 +60,6 @@ def _qrels_paths(folder: Path, splits: Mapping[str, str] | None) -> dict[str, Pa
     return paths
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield numbered lines without their ends; blank ones are skipped but counted."""
-    with open(path, "rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if content.strip():
-                yield number, content.rstrip(b"\r\n")
-
-
-def _json_records(path: Path) -> Records[Any]:
-    def items() -> Iterator[tuple[int, Any]]:
-        for number, line in _lines(path):
-            try:
-                yield number, parse_json(line, where=f"{path}, line {number}")
-            except InputError as error:
-                raise DataError(
-                    error.where, expected=f"one object in {error.expected}", got=error.got,
-                    cure="Write one JSON object per line, in UTF-8.",
-                ) from error  # fmt: skip
-
-    return Records(str(path), "line", items())
-
-
 def _read_qrels(path: Path) -> Records[Judgement]:
     """Read a qrels file whole.
 
@@ -93,7 +69,7 @@ def _read_qrels(path: Path) -> Records[Judgement]:
     judgements: list[tuple[int, Judgement]] = []
     records = Records(str(path), "line", judgements)
     first = True
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         try:
             fields = line.decode("utf-8").split("\t")
         except UnicodeDecodeError as error:

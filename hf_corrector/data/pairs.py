@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from datasets import ClassLabel, Dataset
 
 from hf_corrector._files import hash_strings
+from hf_corrector.data.judged_queries import Judged, JudgedQueries, Query
 from hf_corrector.data.retrieval import (
-    QUERY_FEATURES,
+    SPLITS,
     TARGET_FEATURES,
     RetrievalData,
     dataset_from_rows,
@@ -40,9 +41,10 @@ def from_pairs(
 ) -> RetrievalData:
     """Build a retrieval data set from pairs of texts.
 
-    Equal queries become one query with several positives, equal targets one target, and negatives join the corpus. A
-    query goes to train, dev or test by the hash of its text (without regard to case and spacing), so that equal queries
-    never lie on both sides of a split, and adding rows moves no query. Ids are hashes of the texts.
+    Equal queries become one query with several positives, and equal targets one target. Negatives join the corpus and
+    become the ``negative_ids`` of their query, but for those that another row has as an answer to it. A query goes to
+    train, dev or test by the hash of its text (without regard to case and spacing), so that equal queries never lie on
+    both sides of a split, and adding rows moves no query. Ids are hashes of the texts.
 
     Args:
         dataset: Columns of strings in the order query, positive and any number of negatives. With two such columns
@@ -60,40 +62,42 @@ def from_pairs(
             "dev_fraction and test_fraction", expected="numbers from 0 whose sum is below 1",
             got=f"{dev_fraction} and {test_fraction}", cure="Leave some queries for training.",
         )  # fmt: skip
-    columns = _find_columns(dataset)
-    targets: dict[str, str] = {}
-    positives: dict[str, dict[str, None]] = {}
-    for texts, label in _rows(dataset, columns):
-        ids = [targets.setdefault(text, f"t-{hash_strings([text])}") for text in texts[1:]]
-        positives.setdefault(texts[0], {}).update({ids[0]: None} if label else {})
-    without = sum(not answers for answers in positives.values())
-    splits: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": []}
-    for query, answers in positives.items():
-        if answers:
-            splits[_choose(query, dev_fraction, test_fraction, seed)].append(_query_row(query, list(answers)))
-    if not splits["train"]:
+    targets, judged = _collect(dataset)
+    found = judged.finish()
+    target_ids = [f"t-{hash_strings([text])}" for text in targets]
+    splits: dict[str, Dataset | None] = {}
+    for name in SPLITS:
+        chosen = found.dataset(target_ids, partial(_is_in, name, (dev_fraction, test_fraction, seed)))
+        splits[name] = chosen if len(chosen) else None
+    if splits["train"] is None:
         raise DataError(
             "dataset", expected="queries to train on", got=f"{len(dataset)} rows, none of them in train",
             cure="Give more rows or smaller fractions.",
         )  # fmt: skip
-    built = {name: dataset_from_rows(rows, QUERY_FEATURES) if rows else None for name, rows in splits.items()}
-    corpus = ({"id": target_id, "text": text, "metadata": "{}"} for text, target_id in targets.items())
-    notes = (f"queries dropped for want of a positive target: {without}",) if without else ()
-    return RetrievalData(corpus=dataset_from_rows(corpus, TARGET_FEATURES), notes=notes, **built)
+    rows = (
+        {"id": target_id, "text": text, "metadata": "{}"} for target_id, text in zip(target_ids, targets, strict=True)
+    )
+    return RetrievalData(corpus=dataset_from_rows(rows, TARGET_FEATURES), notes=found.notes, **splits)
 
 
-def _choose(query: str, dev_fraction: float, test_fraction: float, seed: int) -> str:
+def _collect(dataset: Dataset) -> tuple[dict[str, int], JudgedQueries]:
+    """Read all rows; returns target rows by text, and what is said about the queries."""
+    targets: dict[str, int] = {}
+    judged = JudgedQueries()
+    for row, (texts, is_positive) in enumerate(_rows(dataset, _find_columns(dataset))):
+        rows = [targets.setdefault(text, len(targets)) for text in texts[1:]]
+        query = Query(f"q-{hash_strings(texts[:1])}", texts[0])
+        labels = [is_positive, *[False] * (len(rows) - 1)]
+        judged.add(query, map(Judged, rows, labels), where=f"dataset, row {row}")
+    return targets, judged
+
+
+def _is_in(split: str, choice: tuple[float, float, int], query: str) -> bool:
+    dev_fraction, test_fraction, seed = choice
     position = hash_fraction(f"{seed} {' '.join(query.split()).casefold()}")
     if position < test_fraction:
-        return "test"
-    return "dev" if position < test_fraction + dev_fraction else "train"
-
-
-def _query_row(query: str, positive_ids: list[str]) -> dict[str, Any]:
-    return {
-        "query_id": f"q-{hash_strings([query])}", "query": query, "positive_ids": positive_ids,
-        "positive_grades": [1.0] * len(positive_ids), "metadata": "{}",
-    }  # fmt: skip
+        return split == "test"
+    return split == ("dev" if position < test_fraction + dev_fraction else "train")
 
 
 def _find_columns(dataset: Dataset) -> _Columns:

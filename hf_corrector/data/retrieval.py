@@ -1,8 +1,8 @@
 """What a retrieval data set is here: a corpus of targets and splits of judged queries.
 
 Every reader (:mod:`~hf_corrector.data.folder`, :mod:`~hf_corrector.data.hub`, :mod:`~hf_corrector.data.pairs`,
-:mod:`~hf_corrector.data.stdlib`) ends in a :class:`RetrievalData`; a user may build one by hand and check it with
-:func:`validate`. A target's **row** is its position in the corpus.
+:mod:`~hf_corrector.data.training_files`, :mod:`~hf_corrector.data.stdlib`) ends in a :class:`RetrievalData`; a user may
+build one by hand and check it with :func:`validate`. A target's **row** is its position in the corpus.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ QUERY_FEATURES = Features(
         "metadata": Value("string"),
     }
 )
+# Columns a split may have: hard negatives that were given, and what a teacher gave to positives and to them.
+GIVEN_FEATURES = Features(
+    {
+        "negative_ids": List(Value("string")),
+        "positive_scores": List(Value("float64")),
+        "negative_scores": List(Value("float64")),
+    }
+)
 # Arrow addresses the bytes of one chunk of strings with 31 bits; ten thousand texts per chunk stay far below.
 ROWS_PER_CHUNK = 10_000
 
@@ -39,7 +47,9 @@ class RetrievalData:
     Attributes:
         corpus: Columns ``id``, ``text`` and ``metadata`` (a JSON object as a string), one row per target.
         train: Columns ``query_id``, ``query``, ``positive_ids``, ``positive_grades`` and ``metadata``, one row per
-            query; None where the set has no such split.
+            query; None where the set has no such split. There may also be ``negative_ids``, hard negatives that came
+            with the data, and a teacher's ``positive_scores`` and ``negative_scores``, one for each id, where null is
+            no score; an empty list has nothing to say about its query.
         dev: As ``train``, for choices made during training.
         test: As ``train``, for the final judgement.
         notes: What loading left out or found odd, one sentence each.
@@ -102,12 +112,15 @@ def positives_as_rows(split: Dataset, corpus: Dataset) -> list[dict[int, float]]
         try:
             positives.append({row_of[target_id]: float(grade) for target_id, grade in zip(ids, grades, strict=True)})
         except KeyError as error:
-            raise _unknown_positive(f"split, row {number}", error.args[0]) from error
+            raise unknown_target(f"split, row {number}", "positive_ids", error.args[0]) from error
     return positives
 
 
 def with_optional_columns(dataset: Dataset) -> Dataset:
-    """Add the columns a user may leave out: empty ``metadata``, and a grade of 1 for every positive."""
+    """Add the columns a user may leave out: empty ``metadata``, and a grade of 1 for every positive.
+
+    Given negatives and a teacher's scores stay absent where they are.
+    """
     if not isinstance(dataset, Dataset):
         return dataset
     if "positive_ids" in dataset.column_names and "positive_grades" not in dataset.column_names:
@@ -119,7 +132,7 @@ def with_optional_columns(dataset: Dataset) -> Dataset:
 
 
 def validate(data: RetrievalData, *, name: str | None = None) -> None:
-    """Check a data set built by hand: columns, unique ids, and positives that exist.
+    """Check a data set built by hand: columns, unique ids, positives and given negatives that exist, finite scores.
 
     Args:
         data: What to check.
@@ -141,6 +154,7 @@ def validate(data: RetrievalData, *, name: str | None = None) -> None:
         _unique(split, "query_id", where=where)
         _check_texts(split, "query", where=where)
         _check_positives(split, where, target_ids)
+        _check_given(split, where, target_ids)
 
 
 def _check_columns(dataset: Dataset, where: str, features: Features) -> None:
@@ -155,10 +169,14 @@ def _check_columns(dataset: Dataset, where: str, features: Features) -> None:
                 cure=f"Add the column {name!r}.",
             )  # fmt: skip
         if not _compatible(wanted, dataset.features[name]):
-            raise DataError(
-                f"{where}, column {name!r}", expected=f"{wanted}", got=f"{dataset.features[name]}",
-                cure="Convert it with cast_column.",
-            )  # fmt: skip
+            raise _wrong_type(dataset, where, name, wanted)
+
+
+def _wrong_type(dataset: Dataset, where: str, name: str, wanted: Any) -> DataError:
+    return DataError(
+        f"{where}, column {name!r}", expected=f"{wanted}", got=f"{dataset.features[name]}",
+        cure="Convert it with cast_column.",
+    )  # fmt: skip
 
 
 def is_text(feature: Any) -> bool:
@@ -205,15 +223,71 @@ def _check_positives(split: Dataset, where: str, target_ids: set[str]) -> None:
             )  # fmt: skip
         for target_id, grade in zip(ids, grades, strict=True):
             if target_id not in target_ids:
-                raise _unknown_positive(place, target_id)
+                raise unknown_target(place, "positive_ids", target_id)
             if grade is None or not 0 < grade < float("inf"):
                 raise DataError(
                     place, expected="grades above 0", got=repr(grade), cure="Remove what is not a positive."
                 )
 
 
-def _unknown_positive(where: str, target_id: str) -> DataError:
+def given_columns(split: Dataset) -> Iterator[tuple[list[Any], list[Any], list[Any], list[Any]]]:
+    """Yield positive ids, given negatives and both kinds of scores row by row; lists that are absent are empty."""
+    names = ["positive_ids", *GIVEN_FEATURES]
+    present = [name for name in names if name in split.column_names]
+    places = [present.index(name) if name in present else None for name in names]
+    for values in iterate_columns(split, *present):
+        positives, negatives, *scores = [[] if place is None else values[place] or [] for place in places]
+        yield positives, negatives, scores[0], scores[1]
+
+
+def _check_given(split: Dataset, where: str, target_ids: set[str]) -> None:
+    """Check given negatives and a teacher's scores, where there are any."""
+    present = [name for name in GIVEN_FEATURES if name in split.column_names]
+    for name in present:
+        # A column without a single value has no type yet.
+        found = split.features[name]
+        inner = found.feature if isinstance(found, List | LargeList) else found
+        untyped = isinstance(inner, Value) and inner.dtype == "null"
+        if not untyped and not _compatible(GIVEN_FEATURES[name], found):
+            raise _wrong_type(split, where, name, GIVEN_FEATURES[name])
+    if not present:
+        return
+    for row, (positives, negatives, *scores) in enumerate(given_columns(split)):
+        place = f"{where}, row {row}"
+        _check_negatives(place, positives, negatives, target_ids)
+        for name, ids, values in zip(("positive", "negative"), (positives, negatives), scores, strict=True):
+            _check_scores(place, name, ids, values)
+
+
+def _check_negatives(place: str, positives: list[str], negatives: list[str], target_ids: set[str]) -> None:
+    if len(set(negatives)) != len(negatives):
+        raise DataError(place, expected="distinct negative_ids", got=repr(negatives), cure="Keep one of each.")
+    for target_id in negatives:
+        if target_id not in target_ids:
+            raise unknown_target(place, "negative_ids", target_id)
+        if target_id in positives:
+            raise DataError(
+                place, expected="negative_ids that are not positive_ids", got=f"{target_id!r} in both",
+                cure="Remove it from one of them.",
+            )  # fmt: skip
+
+
+def _check_scores(place: str, kind: str, ids: list[str], scores: list[float | None]) -> None:
+    if scores and len(scores) != len(ids):
+        raise DataError(
+            place, expected=f"as many {kind}_scores as {kind}_ids, or none", got=f"{len(scores)} for {len(ids)}",
+            cure="Give a score for each, null where there is none, or an empty list.",
+        )  # fmt: skip
+    for score in scores:
+        if score is not None and not abs(score) < float("inf"):
+            raise DataError(
+                place, expected=f"finite {kind}_scores", got=repr(score), cure="Write null where there is no score."
+            )
+
+
+def unknown_target(where: str, name: str, target_id: str) -> DataError:
+    """Return the error for an id in the column ``name`` that is not in the corpus."""
     return DataError(
-        where, expected="positive_ids of the corpus", got=f"{target_id!r}, which is not there",
-        cure="Add the target to the corpus or remove it from the positives.",
+        where, expected=f"{name} of the corpus", got=f"{target_id!r}, which is not there",
+        cure=f"Add the target to the corpus or remove it from the {name.removesuffix('_ids')}s.",
     )  # fmt: skip
