@@ -1,16 +1,25 @@
-"""Bridge between corrected targets and the loss: which targets each query of a batch is contrasted with."""
+"""Bridge between the scan of all targets and the loss: which targets each query of a batch is contrasted with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.index.exact import ExactIndex
-from hf_corrector.sampling import Candidates, DrawKeys, ExcludedRows, draw_softmax, draw_uniform, uniform_counts
+from hf_corrector.sampling import (
+    Candidates,
+    DrawKeys,
+    ExcludedRows,
+    IntArray,
+    NegativeFilter,
+    draw_uniform,
+    uniform_counts,
+)
+from hf_corrector.scans import TargetScan
 
 SAMPLED_NEGATIVES = ("softmax", "top_k", "uniform")
 
@@ -25,6 +34,7 @@ class SamplingPlan:
         uniform_fraction: Share of the k drawn uniformly, so that no target is never looked at.
         scale: Inverse temperature β of P_h.
         seed: Seed the draws are keyed by.
+        negative_filter: Which targets are too good to be negatives.
     """
 
     negatives: str
@@ -32,6 +42,7 @@ class SamplingPlan:
     uniform_fraction: float
     scale: float
     seed: int
+    negative_filter: NegativeFilter = field(default_factory=NegativeFilter)
 
     def __post_init__(self) -> None:
         """Refuse values out of range (ConfigurationError)."""
@@ -48,50 +59,86 @@ class SamplingPlan:
         return 0.0 if self.negatives == "uniform" else self.num_negatives * (1 - self.uniform_fraction)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Candidates, and what else their sampler knows.
+
+    Attributes:
+        candidates: The negatives; places that could not be filled are masked.
+        log_normalizer: Of the softmax they were drawn from, ``(batch,)`` float64, or None where there was none.
+        excluded: What could not be drawn, ceilings of scores included.
+    """
+
+    candidates: Candidates
+    log_normalizer: torch.Tensor | None
+    excluded: ExcludedRows
+
+
 @torch.no_grad()
 def sample_candidates(
-    targets: CorrectedTargets, queries: torch.Tensor, plan: SamplingPlan, *, excluded: ExcludedRows, keys: DrawKeys
-) -> Candidates:
+    scan: TargetScan, queries: torch.Tensor, plan: SamplingPlan, *, positives: torch.Tensor, excluded: ExcludedRows,
+    keys: DrawKeys,
+) -> Sampled:  # fmt: skip
     """Choose k distinct negatives per query from all targets.
 
     Args:
-        targets: All targets as the sampler sees them.
+        scan: All targets as the sampler sees them.
         queries: Query embeddings, ``(batch, dim)``.
         plan: How to choose.
+        positives: The positive of each query, which the filter compares with, ``(batch,)`` int64.
         excluded: Known positives, never returned.
         keys: What the draws are keyed by.
-
-    Returns:
-        The negatives; places that could not be filled are masked.
     """
-    queries = queries.detach().float().to(targets.device)
+    queries = queries.detach().float().to(scan.device)
     k, log_normalizer = plan.num_negatives, None
+    excluded = _below_ceiling(scan, queries, plan.negative_filter, positives=positives, excluded=excluded, keys=keys)
     hard = torch.full((len(queries), 0), -1, dtype=torch.int64)
     if plan.negatives == "softmax":
-        draws = draw_softmax(
-            lambda start, stop: queries @ targets.read(start, stop).T, len(targets), k,
-            scale=plan.scale, excluded=excluded, keys=keys,
-        )  # fmt: skip
+        draws = scan.draw(queries, k, scale=plan.scale, excluded=excluded, keys=keys)
         hard, log_normalizer = draws.ids.cpu(), draws.log_normalizer
     elif plan.negatives == "top_k":
-        found = ExactIndex(targets, device=str(targets.device)).search(queries, k, excluded=excluded.per_query)
-        hard = torch.as_tensor(found.rows)
-    uniform = draw_uniform(len(targets), 2 * k, excluded=excluded, keys=keys)
+        hard = scan.top(queries, k, excluded=excluded, keys=keys).ids.cpu()
+    uniform = draw_uniform(len(scan), 2 * k, excluded=excluded, keys=keys)
+    if excluded.ceiling is not None:
+        too_good = scan.score(queries, torch.from_numpy(uniform.clip(0))) > excluded.ceiling[:, None]
+        uniform[too_good.cpu().numpy()] = -1
     ids, is_uniform = _mix(hard.numpy(), uniform, plan, keys)
-    mask = ids >= 0
-    rows = targets.gather(ids.clamp(min=0).reshape(-1)).reshape(*ids.shape, -1)
-    scores = torch.einsum("bd,bkd->bk", queries, rows.to(queries.device))
-    free = torch.tensor([len(targets) - len(known) for known in excluded.per_query], device=scores.device)
-    log_proposal = _log_expected_draws(scores, log_normalizer, plan, free, is_uniform)
-    return Candidates(
-        ids=ids.to(queries.device), scores=scores, log_proposal=log_proposal, mask=mask.to(queries.device),
-        uniform=is_uniform.to(queries.device),
-    )  # fmt: skip
+    scores = scan.score(queries, ids.clamp(min=0))
+    candidates = _candidates(ids, is_uniform, scores, plan, num_targets=len(scan), excluded=excluded)
+    log_proposal = candidates.log_proposal
+    if log_normalizer is not None:
+        chance = torch.exp(plan.scale * scores.double() - log_normalizer[:, None])
+        rate = torch.exp(_log_uniform_rate(plan, len(scan), excluded).to(chance.device))
+        log_proposal = torch.log(plan.hard_share * chance + rate[:, None]).clamp(min=-80.0).float()
+    found = Candidates(candidates.ids, scores, log_proposal, candidates.mask, candidates.uniform)
+    return Sampled(found, log_normalizer, excluded)
+
+
+def sample_uniformly(num_targets: int, plan: SamplingPlan, *, excluded: ExcludedRows, keys: DrawKeys) -> Candidates:
+    """Choose k distinct negatives per query by chance, without looking at any vector; their scores are zero."""
+    drawn = draw_uniform(num_targets, plan.num_negatives, excluded=excluded, keys=keys)
+    ids = torch.from_numpy(drawn)
+    return _candidates(ids, ids >= 0, torch.zeros(ids.shape), plan, num_targets=num_targets, excluded=excluded)
+
+
+def _below_ceiling(
+    scan: TargetScan, queries: torch.Tensor, wanted: NegativeFilter, *, positives: torch.Tensor, excluded: ExcludedRows,
+    keys: DrawKeys,
+) -> ExcludedRows:  # fmt: skip
+    """Add to what is excluded the targets that score too high."""
+    if wanted.by_score:
+        scores = scan.score(queries, positives.cpu()[:, None])[:, 0] if wanted.reads_positives else queries[:, 0]
+        excluded = excluded.below(wanted.ceiling(scores.float()))
+    if wanted.range_min:
+        skipped = scan.skip_highest(queries, wanted.range_min, excluded=ExcludedRows(excluded.per_query), keys=keys)
+        limit = skipped if excluded.ceiling is None else torch.minimum(skipped, excluded.ceiling.to(skipped.device))
+        excluded = excluded.below(limit)
+    return excluded
 
 
 def _mix(
-    hard: np.ndarray, uniform: np.ndarray, plan: SamplingPlan, keys: DrawKeys
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hard: IntArray, uniform: IntArray, plan: SamplingPlan, keys: DrawKeys
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Fill each query's k places with hard targets first, then with uniform ones not among them."""
     k = plan.num_negatives
     counts = np.full(len(uniform), k) if plan.negatives == "uniform" else uniform_counts(k, plan.uniform_fraction, keys)
@@ -106,23 +153,48 @@ def _mix(
     return torch.from_numpy(ids), torch.from_numpy(from_uniform)
 
 
-def _log_expected_draws(
-    scores: torch.Tensor,
-    log_normalizer: torch.Tensor | None,
-    plan: SamplingPlan,
-    free: torch.Tensor,
-    is_uniform: torch.Tensor,
-) -> torch.Tensor:
-    """Return the log of the expected number of times each chosen target is drawn, ``(batch, k)`` float32.
+def _candidates(
+    ids: torch.Tensor, is_uniform: torch.Tensor, scores: torch.Tensor, plan: SamplingPlan, *, num_targets: int,
+    excluded: ExcludedRows,
+) -> Candidates:  # fmt: skip
+    """Put candidates together whose hard ones, if any, were not drawn but taken for sure."""
+    device = scores.device
+    by_chance = _log_uniform_rate(plan, num_targets, excluded).float().to(device)[:, None].expand_as(scores)
+    is_uniform = is_uniform.to(device)
+    log_proposal = torch.where(is_uniform, by_chance, torch.zeros_like(scores))
+    return Candidates(ids.to(device), scores, log_proposal, (ids >= 0).to(device), is_uniform)
 
-    ``free`` is the number of targets that are not excluded for each query, ``(batch,)``.
+
+def _log_uniform_rate(plan: SamplingPlan, num_targets: int, excluded: ExcludedRows) -> torch.Tensor:
+    """Return the log of the expected number of uniform draws of one target, ``(batch,)`` float64."""
+    free = torch.tensor([num_targets - len(known) for known in excluded.per_query])
+    rate = (plan.num_negatives - plan.hard_share) / free.clamp(min=1).double()
+    return torch.log(rate).clamp(min=-80.0)
+
+
+@dataclass(frozen=True)
+class GivenTargets:
+    """What the data say about the queries of a batch.
+
+    Attributes:
+        positives: The positive each query is trained on, ``(batch,)`` int64.
+        excluded: All known positives of each query.
+        grades: For each query all its positives and their grades, to train on all of them; empty to train on one.
+        negatives: For each query given hard negatives; empty for none.
+        teacher: For each query the teacher's scores of targets; empty for none.
     """
-    uniform_rate = ((plan.num_negatives - plan.hard_share) / free.clamp(min=1).double())[:, None]
-    if log_normalizer is not None:
-        probability = torch.exp(plan.scale * scores.double() - log_normalizer[:, None])
-        return torch.log(plan.hard_share * probability + uniform_rate).clamp(min=-80.0).float()
-    by_chance = torch.log(uniform_rate).clamp(min=-80.0).float().expand_as(scores)
-    return torch.where(is_uniform.to(scores.device), by_chance, torch.zeros_like(scores))
+
+    positives: torch.Tensor
+    excluded: ExcludedRows
+    grades: Sequence[Mapping[int, float]] = ()
+    negatives: Sequence[Sequence[int]] = ()
+    teacher: Sequence[Mapping[int, float]] = ()
+
+    @property
+    def more_rows(self) -> IntArray:
+        """All rows the data name besides the positives trained on, distinct."""
+        rows = [row for known in (*self.grades, *self.negatives) for row in known]
+        return np.unique(np.asarray(rows, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -130,50 +202,101 @@ class ContrastSet:
     """The targets a batch encodes, one column each, and which of them count for which query.
 
     Attributes:
-        rows: Target rows: the positives of the batch, then the distinct sampled targets not among them,
-            ``(batch + m,)`` int64 on the CPU.
-        allowed: ``(batch, batch + m)`` bool; a query's own positive is always allowed, its other known positives never,
+        rows: Target rows: the positives of the batch, then all other distinct targets, ``(columns,)`` int64 on the CPU.
+        allowed: ``(batch, columns)`` bool; a query's own positive is always allowed, its other known positives never,
             and of columns with the same target only the first.
-        log_proposal: Log expected draws, ``(batch, batch + m)`` float32; 0 where a column was not drawn.
-        uniform: Which columns some query drew uniformly, ``(batch + m,)`` bool on the CPU.
+        log_proposal: Log expected draws, ``(batch, columns)`` float32; 0 where a column was not drawn.
+        uniform: Which columns some query drew uniformly, ``(columns,)`` bool on the CPU.
+        label_weights: What each query's probability should be, ``(batch, columns)`` float32, where several positives
+            are trained on.
+        teacher_scores: The teacher's, ``(batch, columns)`` float32 with NaN where it said nothing, if there is one.
     """
 
     rows: torch.Tensor
     allowed: torch.Tensor
     log_proposal: torch.Tensor
     uniform: torch.Tensor
+    label_weights: torch.Tensor | None = None
+    teacher_scores: torch.Tensor | None = None
 
 
-def contrast_set(
-    candidates: Candidates | None, positive_rows: torch.Tensor, *, excluded: ExcludedRows, share_negatives: bool
-) -> ContrastSet:
+def contrast_set(candidates: Candidates | None, given: GivenTargets, *, share_negatives: bool) -> ContrastSet:
     """Decide which targets a batch encodes and which of them each query is contrasted with.
 
     Args:
         candidates: Sampled targets, or None for none.
-        positive_rows: The positive of each query, ``(batch,)`` int64.
-        excluded: All known positives of each query.
+        given: What the data say.
         share_negatives: Contrast each query with every column (the usual in-batch negatives, sampled ones included),
-            or only with the targets sampled for it.
+            or only with the targets sampled or given for it.
     """
-    device, batch = positive_rows.device, len(positive_rows)
-    positives = positive_rows.cpu().numpy()
+    positives, batch = given.positives.cpu().numpy(), len(given.positives)
     ids = np.zeros((batch, 0), dtype=np.int64) if candidates is None else candidates.ids.cpu().numpy()
-    rows = np.concatenate([positives, np.setdiff1d(ids[ids >= 0], positives)])
-    distinct, first_column = np.unique(rows, return_index=True)
+    wanted = np.union1d(ids[ids >= 0], given.more_rows)
+    columns = _Columns(np.concatenate([positives, np.setdiff1d(wanted, positives)]))
     query, place = np.nonzero(ids >= 0)
-    column = first_column[np.searchsorted(distinct, ids[query, place])]
-    allowed = np.zeros((batch, len(rows)), dtype=bool)
+    column = columns.first_of(ids[query, place])
+    allowed = np.zeros((batch, len(columns.rows)), dtype=bool)
     if share_negatives:
-        allowed[:, first_column] = True
+        allowed[:, columns.first] = True
     allowed[query, column] = True
-    for number, known in enumerate(excluded.per_query):
-        allowed[number] &= ~np.isin(rows, known)
+    for number, rows in enumerate(given.negatives):
+        allowed[number, columns.first_of(np.asarray(rows, dtype=np.int64))] = True
+    for number, known in enumerate(given.excluded.per_query):
+        allowed[number] &= ~np.isin(columns.rows, known)
     allowed[np.arange(batch), np.arange(batch)] = True
-    log_proposal, uniform = torch.zeros(batch, len(rows)), np.zeros(len(rows), dtype=bool)
+    log_proposal = torch.zeros(batch, len(columns.rows))
+    uniform = np.zeros(len(columns.rows), dtype=bool)
     if candidates is not None:
         log_proposal[query, column] = candidates.log_proposal.cpu()[query, place]
         uniform[column[candidates.uniform.cpu().numpy()[query, place]]] = True
+    device = given.positives.device
+    weights, teacher = _label_weights(columns, given), _teacher_scores(columns, given)
     return ContrastSet(
-        torch.from_numpy(rows), torch.from_numpy(allowed).to(device), log_proposal.to(device), torch.from_numpy(uniform)
-    )
+        torch.from_numpy(columns.rows), torch.from_numpy(allowed).to(device), log_proposal.to(device),
+        torch.from_numpy(uniform), None if weights is None else weights.to(device),
+        None if teacher is None else teacher.to(device),
+    )  # fmt: skip
+
+
+class _Columns:
+    """Rows of the columns, and the first column of each distinct row."""
+
+    def __init__(self, rows: IntArray) -> None:
+        self.rows = rows
+        self._distinct, self.first = np.unique(rows, return_index=True)
+
+    def first_of(self, rows: IntArray) -> IntArray:
+        """Return the first column of each row, all of which have one."""
+        return np.asarray(self.first[np.searchsorted(self._distinct, rows)], dtype=np.int64)
+
+    def has(self, rows: IntArray) -> npt.NDArray[np.bool_]:
+        """Say which rows have a column."""
+        return np.isin(rows, self._distinct)
+
+
+def _label_weights(columns: _Columns, given: GivenTargets) -> torch.Tensor | None:
+    if not given.grades:
+        return None
+    weights = torch.zeros(len(given.grades), len(columns.rows))
+    own = given.positives.tolist()
+    for number, grades in enumerate(given.grades):
+        total = sum(grades.values())
+        for row, grade in grades.items():
+            # The positive trained on has a column of its own, which may not be the first with that target.
+            column = number if row == own[number] else int(columns.first_of(np.asarray([row]))[0])
+            weights[number, column] = grade / total
+    return weights
+
+
+def _teacher_scores(columns: _Columns, given: GivenTargets) -> torch.Tensor | None:
+    if not given.teacher:
+        return None
+    scores = torch.full((len(given.teacher), len(columns.rows)), torch.nan)
+    own = given.positives.tolist()
+    for number, known in enumerate(given.teacher):
+        rows = np.asarray(list(known), dtype=np.int64)
+        there = columns.has(rows)
+        found = torch.tensor(list(known.values()))[torch.from_numpy(there)]
+        place = np.where(rows[there] == own[number], number, columns.first_of(rows[there]))
+        scores[number, place] = found.float()
+    return scores

@@ -1,9 +1,14 @@
-"""Bridge between encoder, texts and cache: tokenise a corpus once, encode it into a cache, follow its changes."""
+"""Bridge between encoder, texts and cache: tokenise a corpus once, encode it into a cache, follow its changes.
+
+In a run of several processes all of them call these functions. Texts are dealt to them in the batches one process would
+make, so vectors have the same bits however many there are; rank 0 alone writes, and the folder must be seen by all.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,26 +17,29 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from hf_corrector._distributed import agree, all_gather_rows, is_main, naming_failures, on_main, rank, world_size
 from hf_corrector._files import hash_strings
-from hf_corrector.batching import DEFAULT_TOKEN_BUDGET
+from hf_corrector.batching import DEFAULT_TOKEN_BUDGET, token_budget_batches
 from hf_corrector.cache.edits import CacheEdit, CacheEditor
 from hf_corrector.cache.manifest import check_fingerprint
 from hf_corrector.cache.row_files import hash_texts
 from hf_corrector.cache.side_store import open_side, save_counts, side_details, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
-from hf_corrector.cache.writer import CachePlan, CacheWriter
+from hf_corrector.cache.writer import CachePlan
 from hf_corrector.data.retrieval import column, texts_hash
 from hf_corrector.data.tokens import TokenStore, token_store_key
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.text_encoding import Role
 from hf_corrector.records import EncoderFingerprint
+from hf_corrector.shared_writing import SharedWriter, seen_by_all
 from hf_corrector.side_features import DEFAULT_BIGRAM_BUCKETS, TokenCounts
 
 TOKENS_FOLDER = "tokens"
 # Sorting by length within so many texts already leaves little padding, and bounds what a crash costs.
 DEFAULT_SHARD_ROWS = 65_536
 _COUNTED_ROWS = 8192
+_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -92,9 +100,17 @@ def tokenize_texts(
 
     Raises:
         CacheMismatchError: If ``path`` holds the tokens of another tokenizer, prompt, length or of other texts.
+        ConfigurationError: If another process does not see the folder.
     """
-    key = _token_key(model.fingerprint(role), texts)
-    return TokenStore.open_or_build(path, texts, lambda batch: model.tokenize(batch, role), key=key, progress=progress)
+    key, made = _token_key(model.fingerprint(role), texts), list[TokenStore]()
+
+    def make() -> None:
+        made.append(
+            TokenStore.open_or_build(path, texts, lambda batch: model.tokenize(batch, role), key=key, progress=progress)
+        )
+
+    on_main("tokenising texts", make)
+    return seen_by_all(path, lambda: made[0] if made else TokenStore.open(path, key=key, verify="sizes"))
 
 
 def _token_key(made_by: EncoderFingerprint, texts: Sequence[str]) -> str:
@@ -130,21 +146,27 @@ def build_cache(
         text_hashes=hash_texts(texts),
     )  # fmt: skip
     store = None
-    with CacheWriter(path, plan) as writer:
-        pending, total = writer.pending_shards(), 0
-        if pending:
+    with naming_failures("building a cache"), closing(SharedWriter(path, plan)) as writer:
+        total = sum(shard.rows for shard in writer.pending)
+        if writer.pending:
             store = _tokens_of(model, texts, given=tokens, plan=plan, path=path, progress=options.progress)
-            total = sum(shard.stop - shard.start for shard in pending)
-            with tqdm(total=total, desc="encode targets", unit="text", disable=not options.progress) as bar:
-                for shard in pending:
+            hidden = not (options.progress and is_main())
+            with tqdm(total=total, desc="encode targets", unit="text", disable=hidden) as bar:
+                for shard in writer.pending:
                     rows = np.arange(shard.start, shard.stop)
                     writer.write_shard(shard.index, encode_rows(model, store, rows, options=options, bar=bar))
         cache = writer.finish()
-    if options.token_counts and "tokens" not in stored_sides(cache):
+    if options.token_counts and on_main("looking for token counts", lambda: "tokens" not in stored_sides(cache)):
         if store is None:
             store = _tokens_of(model, texts, given=tokens, plan=plan, path=path, progress=options.progress)
-        save_counts(cache, _counts_of(model, store), details=count_details(plan.fingerprint))
+        _save_counts(cache, model, store)
     return CacheBuild(cache, total)
+
+
+def _save_counts(cache: TargetCache, model: DualEncoderModel, store: TokenStore) -> None:
+    details = count_details(cache.fingerprint)
+    on_main("counting tokens", lambda: save_counts(cache, _counts_of(model, store), details=details))
+    seen_by_all(cache.path, lambda: open_side(cache, "tokens"))
 
 
 def update_cache(
@@ -165,8 +187,12 @@ def update_cache(
 
     Raises:
         CacheMismatchError: If another encoder made the cache, or its texts are not known and ids are not to be trusted.
+        ConfigurationError: If several processes call it.
         DataError: If targets that stay were put into another order; names two of them.
     """
+    if world_size() > 1:
+        cure = "Update it before the run, in a process without a launcher."
+        raise ConfigurationError("update_cache", expected="one process", got=str(world_size()), cure=cure)
     options, cache = EncodeOptions() if options is None else options, TargetCache.open(path)
     made_by = model.fingerprint("target", compute_dtype=options.compute_dtype)
     check_fingerprint(str(path), expected=made_by, got=cache.fingerprint)
@@ -289,7 +315,46 @@ def encode_rows(
     options: EncodeOptions,
     bar: tqdm | None = None,
 ) -> torch.Tensor:
-    """Encode some rows of a token store, ``(n, dim)`` float32 on the CPU."""
+    """Encode some rows of a token store.
+
+    Args:
+        model: The encoder, with the same weights in every process.
+        tokens: The tokenised texts.
+        rows: Which to encode ``(n,)``, the same in every process.
+        role: Whose tower to use.
+        options: How to encode.
+        bar: Advanced by the number of texts done.
+
+    Returns:
+        Embeddings in the order of ``rows``, ``(n, dim)`` float32 on the CPU, all of them in every process.
+
+    Raises:
+        InputError: If a text has no tokens.
+        DistributedError: If another process has failed or is gone.
+    """
+    if world_size() == 1:
+        return _encode_here(model, tokens, rows, role=role, options=options, bar=bar)
+    batches = token_budget_batches(tokens.lengths[rows], options.token_budget)
+    # Longest first, and each as large as the budget allows: some of the batches are cut into just these batches again.
+    dealt = [np.concatenate([_NO_ROWS, *batches[one :: world_size()]]) for one in range(world_size())]
+    own, error, encoded = rows[dealt[rank()]], None, torch.empty(0, model.config.embedding_dim)
+    try:
+        encoded = _encode_here(model, tokens, own, role=role, options=options, bar=bar)
+    except Exception as caught:  # told to the others, who would wait for this process, and raised again
+        error = caught
+    agree("encoding", error)
+    embeddings = torch.empty(len(rows), model.config.embedding_dim)
+    for places, part in zip(dealt, all_gather_rows(encoded), strict=True):
+        embeddings[torch.from_numpy(places)] = part
+    if bar is not None:
+        bar.update(len(rows) - len(own))
+    return embeddings
+
+
+def _encode_here(
+    model: DualEncoderModel, tokens: TokenStore, rows: np.ndarray, *, role: Role, options: EncodeOptions,
+    bar: tqdm | None,
+) -> torch.Tensor:  # fmt: skip
     return model.encode_tokens(
         tokens.tokens(rows), role, token_budget=options.token_budget, compute_dtype=options.compute_dtype, progress=bar
     )

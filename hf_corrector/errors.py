@@ -11,6 +11,7 @@ The tree::
     │   ├── CacheMismatchError            the vectors were made by another encoder or from other texts
     │   └── CacheIncompleteError          the build did not finish
     ├── CheckpointError(RuntimeError)     a training checkpoint cannot be resumed from
+    ├── DistributedError(RuntimeError)    another process of the run is gone, late or has failed
     └── MissingDependencyError(ImportError)   an optional package is not installed
 
 Each message says what was expected, what was found and what to do about it.
@@ -72,6 +73,10 @@ class CacheIncompleteError(CacheError):
 
 class CheckpointError(HFCorrectorError, RuntimeError):
     """A training checkpoint cannot be resumed from."""
+
+
+class DistributedError(HFCorrectorError, RuntimeError):
+    """Another process of the run is gone, late or has failed."""
 
 
 class MissingDependencyError(HFCorrectorError, ImportError):

@@ -22,7 +22,8 @@ RECORD_FILE = "run.json"
 FITTED_FILE = "fitted_targets.json"
 # What encoder passes are spent on, in texts.
 COSTS = (
-    "initial_target_passes", "train_target_passes", "refresh_target_passes", "final_target_passes", "query_passes",
+    "initial_target_passes", "train_target_passes", "refresh_target_passes", "rerank_target_passes",
+    "final_target_passes", "query_passes",
 )  # fmt: skip
 RECORDED_PACKAGES = (
     "torch", "transformers", "datasets", "accelerate", "peft", "faiss-cpu", "evaluate", "huggingface-hub", "numpy",

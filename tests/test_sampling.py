@@ -8,15 +8,15 @@ from scipy.stats import chi2_contingency, chisquare
 
 from hf_corrector.sampling import (
     BLOCK_ROWS,
-    KEPT_SCORES_BYTES,
     DrawKeys,
     ExcludedRows,
-    ScoreBlock,
+    ScoredTargets,
     SoftmaxDraws,
     draw_softmax,
     draw_uniform,
     uniform_counts,
 )
+from hf_corrector.sampling.softmax import KEPT_SCORES_BYTES, ScoreBlock
 
 # Seeds are fixed, so a test either always passes or always fails; a right sampler fails one seed in a thousand.
 SIGNIFICANT = 1e-3
@@ -37,7 +37,7 @@ def same_scores(scores: torch.Tensor, batch: int) -> ScoreBlock:
 def draw(scores: torch.Tensor, batch: int, k: int, *, banned: tuple[int, ...] = (), **changes: int) -> SoftmaxDraws:
     """Draw for many queries that score all targets alike."""
     return draw_softmax(
-        same_scores(scores, batch), len(scores), k, scale=1.0, excluded=ExcludedRows([banned] * batch),
+        ScoredTargets(same_scores(scores, batch), len(scores)), k, scale=1.0, excluded=ExcludedRows([banned] * batch),
         keys=keys_of(batch, **changes),
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ def test_single_draws_follow_the_softmax() -> None:
 def test_scale_sharpens_the_distribution_and_scores_come_back_unscaled() -> None:
     scores = torch.linspace(0, 1, 8)
     draws = draw_softmax(
-        same_scores(scores, 20_000), 8, 1, scale=3.0, excluded=nothing_excluded(20_000), keys=keys_of(20_000)
+        ScoredTargets(same_scores(scores, 20_000), 8), 1, scale=3.0, excluded=nothing_excluded(20_000), keys=keys_of(20_000)
     )
     assert frequencies_fit(draws.ids[:, 0], (3 * scores).softmax(dim=0))
     assert torch.allclose(draws.scores, scores[draws.ids], atol=1e-6)
@@ -172,7 +172,7 @@ def test_excluded_targets_have_no_mass(targets: int) -> None:
 
 def test_scores_too_many_to_keep_give_the_same_draws_as_kept_ones() -> None:
     batch = 64
-    targets = KEPT_SCORES_BYTES // (4 * batch) + 1000
+    targets = KEPT_SCORES_BYTES["cpu"] // (4 * batch) + 1000
     base = torch.randn(targets, generator=torch.Generator().manual_seed(4)) * 3
     banned = base.topk(2).indices.tolist()
 
@@ -188,7 +188,8 @@ def test_scores_too_many_to_keep_give_the_same_draws_as_kept_ones() -> None:
         calls: list[int] = []
         excluded = ExcludedRows([banned] * len(queries))
         keys = DrawKeys(seed=5, step=9, query_ids=queries.numpy())
-        found.append(draw_softmax(counted(queries, calls), targets, 3, scale=1.0, excluded=excluded, keys=keys))
+        scored = ScoredTargets(counted(queries, calls), targets)
+        found.append(draw_softmax(scored, 3, scale=1.0, excluded=excluded, keys=keys))
         calls_made.append(len(calls))
     blocks = -(-targets // BLOCK_ROWS)
     assert calls_made[1] == blocks
@@ -204,7 +205,7 @@ def test_draws_depend_on_seed_step_and_query_but_not_on_order_or_company() -> No
 
     def draws_of(queries: np.ndarray, seed: int = 1, step: int = 2) -> torch.Tensor:
         return draw_softmax(
-            lambda start, stop: scores[torch.from_numpy(queries), start:stop], 5000, 4, scale=2.0,
+            ScoredTargets(lambda start, stop: scores[torch.from_numpy(queries), start:stop], 5000), 4, scale=2.0,
             excluded=ExcludedRows([rows[query] for query in queries]), keys=DrawKeys(seed, step, queries),
         ).ids  # fmt: skip
 
@@ -226,7 +227,7 @@ def test_no_target_is_drawn_twice_for_a_query() -> None:
 
 def test_queries_that_run_out_of_targets_get_masked_places() -> None:
     excluded = ExcludedRows([[0, 1], [], [0, 1, 2, 3, 4]])
-    draws = draw_softmax(same_scores(torch.zeros(5), 3), 5, 6, scale=1.0, excluded=excluded, keys=keys_of(3))
+    draws = draw_softmax(ScoredTargets(same_scores(torch.zeros(5), 3), 5), 6, scale=1.0, excluded=excluded, keys=keys_of(3))
     assert sorted(draws.ids[0, :3].tolist()) == [2, 3, 4]
     assert sorted(draws.ids[1, :5].tolist()) == [0, 1, 2, 3, 4]
     assert draws.ids[0, 3:].tolist() == [-1, -1, -1]

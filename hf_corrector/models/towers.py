@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -48,6 +51,14 @@ class TowerSource:
     revision: str | None = None
     subfolder: str = ""
     num_hidden_layers: int | None = None
+
+    def pinned(self) -> TowerSource:
+        """Return the same at the commit that was downloaded, so far as the Hub's default cache knows it."""
+        file = f"{self.subfolder}/config.json" if self.subfolder else "config.json"
+        if Path(self.name).exists():
+            return self
+        found = try_to_load_from_cache(self.name, file, revision=self.revision)
+        return replace(self, revision=Path(found).parts[-2 - file.count("/")]) if isinstance(found, str) else self
 
     def load_config(self) -> PreTrainedConfig:
         """Load the configuration.
@@ -176,17 +187,19 @@ def pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> to
     return torch.einsum("bld,bl->bd", states, mask) / mask.sum(dim=1, keepdim=True).clamp(min=1e-9)
 
 
-def hash_modules(modules: list[torch.nn.Module | None]) -> str:
-    """Hash all weights of some modules, names, dtypes and shapes included, to 32 hexadecimal digits."""
+def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash tensors in the order given, names, dtypes and shapes included, to 32 hexadecimal digits."""
     state = xxhash.xxh3_128()
-    for module in modules:
-        if module is None:
-            continue
-        for name, tensor in sorted(module.state_dict().items()):
-            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            data = tensor.detach().cpu().contiguous()
-            state.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    for name, tensor in named:
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous()
+        state.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
+
+
+def hash_modules(modules: list[torch.nn.Module | None]) -> str:
+    """Hash all weights of some modules, see :func:`hash_tensors`."""
+    return hash_tensors(pair for one in modules if one is not None for pair in sorted(one.state_dict().items()))
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

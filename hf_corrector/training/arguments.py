@@ -1,4 +1,4 @@
-"""Arguments of dual-encoder training: transformers' own, and what is new here in four groups."""
+"""Arguments of dual-encoder training: transformers' own, and what is new here in groups."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from hf_corrector.errors import ConfigurationError
-from hf_corrector.models.configuration_corrector import ACTIVATIONS, CLOSED_FORM_KINDS, KINDS, SIDES
-from hf_corrector.training.refresh_schedule import RefreshSchedule
-
-NEGATIVES = ("softmax", "top_k", "uniform", "in_batch")
-STALENESS = ("corrector", "ignore", "refresh")
-CORRECTOR_FITS = ("closed_form", "gradient")
-WARMUP_NEGATIVES = ("stale", "uniform")
-CACHE_DTYPES = ("float32", "bfloat16", "float16")
+from hf_corrector.models.configuration_corrector import ACTIVATIONS, KINDS, SIDES
+from hf_corrector.sampling import NegativeFilter
+from hf_corrector.training import argument_checks
+from hf_corrector.training.argument_checks import (
+    CACHE_DTYPES,
+    CORRECTOR_FITS,
+    NEGATIVES,
+    SCAN_DTYPES,
+    SCANS,
+    STALENESS,
+    WARMUP_NEGATIVES,
+)
 
 
 @dataclass
@@ -54,15 +57,54 @@ class DualEncoderTrainingArguments(TrainingArguments):
         metadata={"help": "Subtract log expected draws from negatives' logits; needs share_negatives=False."},
     )
 
+    absolute_margin: float | None = field(
+        default=None, metadata={"help": "Negatives score at least this much less than the query's positive."}
+    )
+    relative_margin: float | None = field(
+        default=None, metadata={"help": "Negatives score at most 1 - relative_margin of the positive's score."}
+    )
+    max_score: float | None = field(default=None, metadata={"help": "Negatives score at most this."})
+    range_min: int = field(
+        default=0, metadata={"help": "Pass over so many of the highest-scoring targets of each query."}
+    )
+
+    # -- what the data give
+    given_negatives: int = field(
+        default=0, metadata={"help": "Train on so many of each query's own negatives (column negative_ids)."}
+    )
+    several_positives: bool = field(
+        default=False,
+        metadata={"help": "One example per query with all its positives, weighted by grade, not one per positive."},
+    )
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Factor of the KL to the teacher's scores the data hold, which is added."}
+    )
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Of teacher and student alike."})
+
+    # -- encoder
+    train_targets: bool = field(
+        default=True,
+        metadata={"help": "False trains queries alone: the target tower is frozen, and all targets are read cached."},
+    )
+    mini_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Encode so many texts at a time and compute them again for the gradient: the memory of a "
+            "small batch for the loss of a large one (GradCache)."
+        },
+    )
+
     # -- staleness
     staleness: str = field(
         default="corrector",
         metadata={
             "help": "What is done about stale cached targets: 'corrector' moves them, 'refresh' encodes them again on "
-            "the schedule of refresh_steps, 'ignore' does nothing.",
+            "the schedule of refresh_steps, 'rerank' encodes the rerank_candidates nearest by stale scores in every "
+            "step, 'ignore' does nothing.",
             "choices": STALENESS,
         },
     )
+    rerank_candidates: int = field(default=100, metadata={"help": "Targets encoded per query with 'rerank'."})
     refresh_steps: str = field(
         default="never",
         metadata={
@@ -103,6 +145,32 @@ class DualEncoderTrainingArguments(TrainingArguments):
         metadata={"help": "Negatives during warm-up: by 'stale' scores or 'uniform'.", "choices": WARMUP_NEGATIVES},
     )
 
+    # -- scan of the targets
+    scan: str = field(
+        default="auto",
+        metadata={
+            "help": "How all targets are looked at in each step: 'full', 'amortised' (each corrected anew every "
+            "scan_refresh_steps), 'pooled' (scan_pool drawn ones) or 'shortlist' (the nearest by an index, and a pool "
+            "for the rest). 'auto' takes the most faithful that scan_budget allows, and says which.",
+            "choices": SCANS,
+        },
+    )
+    scan_budget: float = field(default=0.1, metadata={"help": "Share of a step's time that 'auto' may spend."})
+    scan_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Arithmetic of the scores; 'auto' is bfloat16 where the hardware has it and there are more "
+            "than 50,000 targets.",
+            "choices": SCAN_DTYPES,
+        },
+    )
+    scan_refresh_steps: int = field(default=20, metadata={"help": "Of scan='amortised'."})
+    scan_pool: int = field(default=8192, metadata={"help": "Targets of scan='pooled' and the tail of 'shortlist'."})
+    scan_shortlist: int = field(default=256, metadata={"help": "Nearest targets of scan='shortlist'."})
+    scan_memory_gb: float = field(
+        default=8.0, metadata={"help": "Corrected targets are kept in memory up to this, per process, in GiB."}
+    )
+
     # -- cache
     cache_dir: str | None = field(default=None, metadata={"help": "Folder of the cache; by default output_dir/cache."})
     cache_dtype: str = field(default="float32", metadata={"help": "Type of cached rows.", "choices": CACHE_DTYPES})
@@ -117,111 +185,17 @@ class DualEncoderTrainingArguments(TrainingArguments):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "mrr@10"
         super().__post_init__()
-        self._check_choices()
-        self._check_ranges()
-        self._check_staleness()
-        self._check_corrector()
-        self._check_upstream()
+        argument_checks.check(self)
         if self.corrector_fit is None:
             self.corrector_fit = "gradient" if self.corrector_kind == "residual_mlp" else "closed_form"
+        if self.world_size > 1 and self.ddp_broadcast_buffers is None:
+            # The buffers are the corrector's, and it is sent to the other processes when it changes.
+            self.ddp_broadcast_buffers = False
 
-    def _check_choices(self) -> None:
-        choices = {
-            "negatives": NEGATIVES, "staleness": STALENESS, "corrector_kind": KINDS,
-            "warmup_negatives": WARMUP_NEGATIVES,
-            "corrector_side": (None, *SIDES),
-            "corrector_fit": (None, *CORRECTOR_FITS), "corrector_activation": ACTIVATIONS, "cache_dtype": CACHE_DTYPES,
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigurationError(
-                    name, expected=f"one of {allowed}", got=repr(value), cure="Choose one of them."
-                )
-
-    def _check_ranges(self) -> None:
-        at_least = {
-            "num_negatives": 1, "corrector_window": 1, "corrector_update_steps": 1, "corrector_batch_size": 1,
-            "corrector_updates": 1, "corrector_warmup_steps": 0, "token_budget": 1, "per_device_train_batch_size": 1,
-            "learning_rate": 0,
-        }  # fmt: skip
-        for name, low in at_least.items():
-            if getattr(self, name) < low:
-                raise ConfigurationError(
-                    name, expected=f"at least {low}", got=str(getattr(self, name)), cure="Raise it."
-                )
-        if self.corrector_hidden_dim is not None and self.corrector_hidden_dim < 1:
-            raise ConfigurationError(
-                "corrector_hidden_dim", expected="at least 1, or None", got=str(self.corrector_hidden_dim),
-                cure="Raise it.",
-            )  # fmt: skip
-        if not 0 <= self.corrector_learning_rate < float("inf"):
-            raise ConfigurationError(
-                "corrector_learning_rate", expected="at least 0", got=str(self.corrector_learning_rate),
-                cure="Raise it.",
-            )  # fmt: skip
-        if not 0 <= self.uniform_fraction <= 1:
-            raise ConfigurationError(
-                "uniform_fraction", expected="0 to 1", got=str(self.uniform_fraction), cure="Give a share."
-            )
-
-    def _check_staleness(self) -> None:
-        RefreshSchedule.parse(self.refresh_steps)
-        if self.staleness == "refresh" and not RefreshSchedule.parse(self.refresh_steps).phases:
-            raise ConfigurationError(
-                "refresh_steps", expected="a schedule with staleness='refresh'", got=repr(self.refresh_steps),
-                cure="Give a number of steps, for instance 100.",
-            )  # fmt: skip
-        if self.staleness == "ignore" and RefreshSchedule.parse(self.refresh_steps).phases:
-            raise ConfigurationError(
-                "refresh_steps", expected="'never' with staleness='ignore'", got=repr(self.refresh_steps),
-                cure="Use staleness='refresh', or 'corrector' with refreshes.",
-            )  # fmt: skip
-        if self.staleness == "refresh" and not self.samples_from_scores:
-            raise ConfigurationError(
-                "staleness", expected="'ignore' or 'corrector' where no negative is chosen by a cached vector",
-                got=f"'refresh' with negatives={self.negatives!r}",
-                cure="Use staleness='ignore': nothing is read stale.",
-            )  # fmt: skip
-        if self.sampling_correction and (self.share_negatives or self.negatives not in ("softmax", "uniform")):
-            raise ConfigurationError(
-                "sampling_correction", expected="share_negatives=False and negatives 'softmax' or 'uniform'",
-                got=f"share_negatives={self.share_negatives}, negatives={self.negatives!r}",
-                cure="How often shared or top-k negatives are drawn is not defined; switch one of the two off.",
-            )  # fmt: skip
-
-    def _check_upstream(self) -> None:
-        """Refuse what transformers offers and this trainer cannot honour, before it fails in the middle of a run."""
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ConfigurationError(
-                "train_sampling_strategy", expected="'random' or 'sequential'", got=repr(self.train_sampling_strategy),
-                cure="Leave it out: batches are padded to their own longest query and target.",
-            )  # fmt: skip
-        if self.include_num_input_tokens_seen != "no":
-            raise ConfigurationError(
-                "include_num_input_tokens_seen", expected="'no'", got=repr(self.include_num_input_tokens_seen),
-                cure="Read trainer.cost instead, which counts every encoded query and target.",
-            )  # fmt: skip
-        if self.push_to_hub:
-            raise ConfigurationError(
-                "push_to_hub", expected="False: the run's folder also holds the cache and the tokenised corpus",
-                got="True", cure="Train, then call trainer.model.push_to_hub(repo_id).",
-            )  # fmt: skip
-        if self.remove_unused_columns:
-            raise ConfigurationError("remove_unused_columns", expected="False", got="True", cure="Leave it out.")
-
-    def _check_corrector(self) -> None:
-        closed = self.corrector_kind in CLOSED_FORM_KINDS
-        if self.corrector_fit == "closed_form" and self.corrector_kind == "residual_mlp":
-            raise ConfigurationError(
-                "corrector_fit", expected="'gradient' for a residual_mlp", got="'closed_form'",
-                cure="Leave corrector_fit out, or use corrector_kind='affine'.",
-            )  # fmt: skip
-        if self.corrector_fit == "gradient" and closed:
-            raise ConfigurationError(
-                "corrector_fit", expected=f"'closed_form' for {self.corrector_kind}", got="'gradient'",
-                cure="Leave corrector_fit out, or use corrector_kind='residual_mlp'.",
-            )  # fmt: skip
+    @property
+    def negative_filter(self) -> NegativeFilter:
+        """Which targets are too good to be negatives."""
+        return NegativeFilter(self.absolute_margin, self.relative_margin, self.max_score, self.range_min)
 
     @property
     def uses_corrector(self) -> bool:
@@ -236,4 +210,4 @@ class DualEncoderTrainingArguments(TrainingArguments):
     @property
     def needs_cache(self) -> bool:
         """Whether training reads cached target vectors at all."""
-        return self.uses_corrector or self.samples_from_scores
+        return self.uses_corrector or self.samples_from_scores or not self.train_targets

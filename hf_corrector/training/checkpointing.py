@@ -4,7 +4,12 @@
     writes straight into ``checkpoint-N`` and deletes older checkpoints before anyone can know that the new one is whole
     (transformers issue 35525). Here the extra state and a marker are written first, and only then are old ones deleted.
 ``Trainer._load_from_checkpoint``
-    is where weights are restored, before data loaders exist; the extra state is read there too.
+    is where weights are restored, before data loaders exist; the extra state is read there too. Where it finds a whole
+    model it loads that and forgets an adapter beside it, and it takes adapters of any form: both are refused here.
+``Trainer._save``
+    lets PEFT save an adapter, which by itself cannot be loaded as a dual encoder; the rest is added here.
+``Trainer._load_best_model``
+    restores an adapter alone; here the corrector that belongs to it too.
 """
 
 from __future__ import annotations
@@ -14,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from hf_corrector._files import write_json
-from hf_corrector.errors import CheckpointError
+from hf_corrector.errors import CheckpointError, ConfigurationError
+from hf_corrector.models.adapter_files import adapted_layers, check_folder
+from hf_corrector.models.adapters import check_adapter, load_adapter_extras, save_adapter_extras
 
 COMPLETE_MARKER = "COMPLETE"
 logger = logging.get_logger(__name__)
@@ -50,6 +58,8 @@ def flush_folder(folder: Path) -> None:
 class CheckpointingTrainer(Trainer):
     """A Trainer whose checkpoints carry extra state and are known to be complete."""
 
+    _adapter_checked = False
+
     def save_extra_state(self, folder: Path) -> None:
         """Write what a subclass needs beside the model into a checkpoint folder."""
 
@@ -66,7 +76,10 @@ class CheckpointingTrainer(Trainer):
 
         Raises:
             CheckpointError: If there is no complete checkpoint.
+            ConfigurationError: If the model is an adapter that could not be loaded again, or ``output_dir`` holds whole
+                models where adapters are to be written, or the other way round.
         """
+        self._check_adapter()
         if str(resume_from_checkpoint).lower() == "true":
             newest = newest_complete_checkpoint(Path(str(self.args.output_dir)))
             if newest is None:
@@ -76,6 +89,30 @@ class CheckpointingTrainer(Trainer):
                 )  # fmt: skip
             resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_adapter(self) -> None:
+        """Find out before the work what would make the checkpoints useless."""
+        output_dir, adapted = Path(str(self.args.output_dir)), isinstance(self.model, PeftModel)
+        for folder in (output_dir, *output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            check_folder(folder, adapted=adapted)
+        if not adapted and self.model is not None and adapted_layers(self.model):
+            raise ConfigurationError(
+                "model", expected="a whole model, or a PeftModel", got="a model whose adapter is loaded, not trained",
+                cure="Load it with DualEncoderModel.load_adapter_on_base(folder, is_trainable=True).",
+            )  # fmt: skip
+        if isinstance(self.model, PeftModel) and not self._adapter_checked:
+            check_adapter(self.model)
+            self._adapter_checked = True
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel) and self.args.should_save:
+            save_adapter_extras(Path(output_dir or str(self.args.output_dir)), self.model, state_dict)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if isinstance(self.model, PeftModel):
+            load_adapter_extras(Path(str(self.state.best_model_checkpoint)), self.model)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial=trial)
@@ -104,5 +141,15 @@ class CheckpointingTrainer(Trainer):
                 str(folder), expected=f"the file {COMPLETE_MARKER}, written last", got="none",
                 cure="Resume from an older checkpoint; this one was not written to its end.",
             )  # fmt: skip
+        adapted = isinstance(self.model, PeftModel)
+        try:
+            check_folder(folder, adapted=adapted)
+        except ConfigurationError as error:
+            raise CheckpointError(
+                str(folder), expected=f"a checkpoint of {'an adapter' if adapted else 'a whole model'}",
+                got=error.got, cure="Resume with a model made as for the run that is resumed.",
+            ) from error  # fmt: skip
+        if isinstance(self.model, PeftModel):
+            load_adapter_extras(folder, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_extra_state(folder)

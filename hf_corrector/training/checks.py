@@ -9,7 +9,6 @@ from typing import Any, TypeAlias, cast
 import torch
 from datasets import Dataset
 
-from hf_corrector._distributed import world_size
 from hf_corrector.cache.manifest import check_fingerprint
 from hf_corrector.cache.side_store import open_side
 from hf_corrector.cache.target_cache import TargetCache
@@ -23,6 +22,7 @@ from hf_corrector.data.retrieval import (
     with_optional_columns,
 )
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
+from hf_corrector.models.adapters import dual_encoder_of
 from hf_corrector.models.configuration_corrector import CorrectorConfig
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
@@ -32,24 +32,20 @@ from hf_corrector.training.arguments import DualEncoderTrainingArguments
 Splits: TypeAlias = Dataset | dict[str, Dataset] | None
 
 
-def check_types(model: Any, args: Any) -> None:
-    """Refuse other models and arguments than this package's, and more than one process (ConfigurationError)."""
-    if not isinstance(model, DualEncoderModel):
+def check_types(model: Any, args: Any) -> DualEncoderModel:
+    """Refuse other models and arguments than this package's (ConfigurationError), and return the dual encoder."""
+    if not isinstance(model, torch.nn.Module):
         raise ConfigurationError(
             "DualEncoderTrainer", expected="a DualEncoderModel", got=type(model).__name__,
             cure="Make one with DualEncoderModel.from_encoder(...).",
         )  # fmt: skip
+    encoder = dual_encoder_of(model)
     if not isinstance(args, DualEncoderTrainingArguments):
         raise ConfigurationError(
             "DualEncoderTrainer", expected="DualEncoderTrainingArguments", got=type(args).__name__,
             cure="Use DualEncoderTrainingArguments(output_dir, ...), which takes all of TrainingArguments' fields.",
         )  # fmt: skip
-    if world_size() > 1 or args.n_gpu > 1:
-        raise ConfigurationError(
-            "DualEncoderTrainer", expected="one process and one device",
-            got=f"{world_size()} processes, {args.n_gpu} devices",
-            cure="Set CUDA_VISIBLE_DEVICES to one GPU and start without a distributed launcher.",
-        )  # fmt: skip
+    return encoder
 
 
 def check_data(train: Dataset | None, targets: Dataset | None, evaluation: Splits) -> tuple[Any, Dataset, Splits]:

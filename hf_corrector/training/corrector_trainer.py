@@ -98,16 +98,21 @@ class OnlineCorrector:
         """Note that the encoder was updated with this learning rate; their sum is the clock of the drift."""
         self._progress += learning_rate
 
+    def due(self, step: int) -> bool:
+        """Say whether :meth:`update` has something to do after a step, so many steps having been done before."""
+        return self._optimizer is not None or (step + 1) % self.fitting.update_steps == 0
+
     def update(self, step: int) -> bool:
         """Follow the drift after a step; say whether the corrector changed.
 
         Args:
             step: Optimiser steps done before this one.
         """
-        due = (step + 1) % self.fitting.update_steps == 0
+        if not self.due(step):
+            return False
         if self._optimizer is None:
-            return self._solve(online=True) if due else False
-        if due and self._is_composite:
+            return self._solve(online=True)
+        if (step + 1) % self.fitting.update_steps == 0 and self._is_composite:
             self._solve(online=True)
         self._descend(self._optimizer, self.fitting.updates, step=step)
         return True

@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
+from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
+from hf_corrector._distributed import naming_failures
 from hf_corrector._files import read_json, write_json
-from hf_corrector.cache.side_store import side_details
 from hf_corrector.cache.target_cache import TargetCache
-from hf_corrector.candidate_sampling import ContrastSet
 from hf_corrector.data.collators import PairCollator, PairDataset
+from hf_corrector.data.judgements import given_negatives_as_rows, teacher_scores_as_rows
 from hf_corrector.data.retrieval import column, positives_as_rows
 from hf_corrector.encoding import build_cache, encode_rows, tokenize_texts
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.evaluation.evaluator import JudgeOptions
-from hf_corrector.evaluation.staleness import Conditions, StalenessReport, measure_staleness
-from hf_corrector.index.base import TargetVectors, TensorVectors
-from hf_corrector.index.exact import ExactIndex
-from hf_corrector.metrics import quality
-from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel, SampledTargets
-from hf_corrector.records import COSTS, FittedTargets
+from hf_corrector.evaluation.staleness import StalenessReport
+#TMP from hf_corrector.models.adapters import freeze_targets
+from hf_corrector.models.contrast import SampledTargets
+from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel
+from hf_corrector.records import COSTS
+from hf_corrector.scans import RerankScan, ScanPlan, TargetScan
 from hf_corrector.training import checks
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.callbacks import StalenessCallback
 from hf_corrector.training.checkpointing import CheckpointingTrainer
-from hf_corrector.training.live_cache import (
-    STATE_FILE,
-    LiveCache,
-    compute_dtype_of,
-    encode_options_of,
-    settings_of,
-)
+from hf_corrector.training.judging import RunJudge
+from hf_corrector.training.live_cache import STATE_FILE, LiveCache, encode_options_of, settings_of
 from hf_corrector.training.refresh_schedule import RefreshSchedule
+from hf_corrector.training.scan_setup import plan_scan
 from hf_corrector.training.step_log import StepLog
-from hf_corrector.training.target_choice import TargetChooser
+from hf_corrector.training.target_choice import Choice, Judgements, TargetChooser
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +56,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
     alone.
 
     Args:
-        model: The encoder; gets a corrector where ``args`` ask for one.
+        model: The encoder, with or without adapters of PEFT; gets a corrector where ``args`` ask for one.
         args: Arguments.
         train_dataset: Queries with columns ``query_id``, ``query``, ``positive_ids``; or, without ``targets``, pairs in
             sentence-transformers' columns (anchor, positive, negatives).
@@ -71,6 +68,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
         optimizers: Optimiser and schedule of the encoder, as in transformers.
 
     Attributes:
+        encoder: The dual encoder inside of ``model``.
         live_cache: The cache in use and the corrector's view of it, once :meth:`prepare` has run; None where training
             needs no cache.
         cost: Encoder forward passes so far, in texts, by purpose.
@@ -80,12 +78,11 @@ class DualEncoderTrainer(CheckpointingTrainer):
         DataError: If queries and targets do not fit together.
     """
 
-    model: DualEncoderModel
     args: DualEncoderTrainingArguments
 
     def __init__(  # noqa: PLR0913 - transformers' own signature
         self,
-        model: DualEncoderModel,
+        model: DualEncoderModel | PeftModel,
         args: DualEncoderTrainingArguments,
         train_dataset: Dataset | None = None,
         targets: Dataset | None = None,
@@ -95,15 +92,19 @@ class DualEncoderTrainer(CheckpointingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        checks.check_types(model, args)
+        self.encoder = checks.check_types(model, args)
         train_dataset, targets, eval_dataset = checks.check_data(train_dataset, targets, eval_dataset)
         if target_cache is not None:
-            checks.check_given_cache(target_cache, targets, model)
+            checks.check_given_cache(target_cache, targets, self.encoder)
         self.targets, self._given_cache = targets, target_cache
-        checks.attach_corrector(model, args, target_cache)
+        checks.attach_corrector(self.encoder, args, target_cache)
+        if not args.train_targets:
+            pass  #TMP freeze_targets(self.encoder)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            data_collator=cast(Any, PairCollator(model.pad_token_id("query"), model.pad_token_id("target"))),
+            data_collator=cast(
+                Any, PairCollator(self.encoder.pad_token_id("query"), self.encoder.pad_token_id("target"))
+            ),
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
         self.add_callback(StalenessCallback(self))
@@ -116,6 +117,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
         self._resumed_with_cache = False
         self._pairs: PairDataset | None = None
         self._prepared = False
+        self._scan_plan: ScanPlan | None = None
 
     # ------------------------------------------------------------------ phases
 
@@ -131,19 +133,29 @@ class DualEncoderTrainer(CheckpointingTrainer):
         out, progress = Path(str(self.args.output_dir)), not self.args.disable_tqdm
         out.mkdir(parents=True, exist_ok=True)
         self.tokens = tokenize_texts(
-            self.model, column(self.targets, "text"), "target", out / "tokens" / "targets", progress=progress
+            self.encoder, column(self.targets, "text"), "target", out / "tokens" / "targets", progress=progress
         )
         if self._resumed_from is not None and self._resumed_with_cache:
-            self.live_cache = LiveCache.reopen(self._resumed_from, self.model, self.args, held_out=self._held_out)
+            self.live_cache = LiveCache.reopen(self._resumed_from, self.encoder, self.args, held_out=self._held_out)
         elif self.args.needs_cache or self._given_cache is not None:
             self.build_cache()
         if self.train_dataset is not None:
             queries = tokenize_texts(
-                self.model, column(self.train_dataset, "query"), "query", out / "tokens" / "queries", progress=progress
+                self.encoder,
+                column(self.train_dataset, "query"),
+                "query",
+                out / "tokens" / "queries",
+                progress=progress,
             )
-            positives = positives_as_rows(self.train_dataset, self.targets)
-            self._pairs = PairDataset(positives, queries, self.tokens)
-            self._chooser = TargetChooser(self.model, self.args, self.tokens, positives=positives)
+            judgements = Judgements(
+                positives_as_rows(self.train_dataset, self.targets),
+                given_negatives_as_rows(self.train_dataset, self.targets),
+                teacher_scores_as_rows(self.train_dataset, self.targets),
+            )
+            self._pairs = PairDataset(
+                judgements.positives, queries, self.tokens, one_example_per_query=self.args.several_positives
+            )
+            self._chooser = TargetChooser(self.encoder, self.args, self.tokens, judgements=judgements)
         self._prepared = True
 
     def hold_out(self, *splits: Dataset) -> None:
@@ -164,19 +176,19 @@ class DualEncoderTrainer(CheckpointingTrainer):
     def build_cache(self) -> TargetCache:
         """Make the cache from the model as it is, or take the one that was given."""
         if self._given_cache is not None:
-            made_by = self.model.fingerprint("target").weights
+            made_by = self.encoder.fingerprint("target").weights
             self.live_cache = LiveCache(
-                self._given_cache, self.model, self.args, held_out=self._held_out,
+                self._given_cache, self.encoder, self.args, held_out=self._held_out,
                 from_start=self._given_cache.fingerprint.weights == made_by,
             )  # fmt: skip
             return self._given_cache
         default = Path(str(self.args.output_dir)) / "cache"
         built = build_cache(
-            self.model, self.targets, Path(self.args.cache_dir or default), tokens=self.tokens,
+            self.encoder, self.targets, Path(self.args.cache_dir or default), tokens=self.tokens,
             options=encode_options_of(self.args),
         )  # fmt: skip
         self.cost["initial_target_passes"] += built.encoded
-        self.live_cache = LiveCache(built.cache, self.model, self.args, held_out=self._held_out)
+        self.live_cache = LiveCache(built.cache, self.encoder, self.args, held_out=self._held_out)
         # These vectors are the model's own, so whatever corrector it came with has nothing to correct.
         self.live_cache.reset_corrector()
         return built.cache
@@ -197,6 +209,34 @@ class DualEncoderTrainer(CheckpointingTrainer):
             )  # fmt: skip
         return self.live_cache
 
+    @property
+    def _scan(self) -> TargetScan | None:
+        """What the negatives of the next step are drawn from; None where no vector is looked at."""
+        args, live, step = self.args, self.live_cache, self.state.global_step
+        if live is None or not args.samples_from_scores:
+            return None
+        warming_up = args.uses_corrector and step < args.corrector_warmup_steps
+        if warming_up and args.warmup_negatives == "uniform":
+            return None
+        if self._scan_plan is None:
+            self._scan_plan = plan_scan(self.encoder, args, live, self.tokens)
+        scan = live.scan(self._scan_plan, warming_up=warming_up)
+        if scan is None or args.staleness != "rerank":
+            return scan
+        return RerankScan(scan, self._encode_candidates, candidates=args.rerank_candidates)
+
+    @property
+    def _cached(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What reads the vectors of targets that are not encoded."""
+        live, device = self.live_cache, self.args.device
+        if self.args.train_targets or live is None:
+            return None
+        return lambda rows: live.cache.gather(rows).to(device)
+
+    def _encode_candidates(self, rows: torch.Tensor) -> torch.Tensor:
+        self.cost["rerank_target_passes"] += len(rows)
+        return encode_rows(self.encoder, self.tokens, rows.numpy(), options=encode_options_of(self.args))
+
     # ------------------------------------------------------------------ one step
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
@@ -214,7 +254,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Do one forward and backward pass and let the corrector follow."""
-        with self.step_log.phase("step"):
+        with self.step_log.phase("step"), naming_failures(f"training step {self.state.global_step + 1}"):
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             if self.live_cache is not None and self.accelerator.sync_gradients:
                 with self.step_log.phase("corrector"):
@@ -225,28 +265,34 @@ class DualEncoderTrainer(CheckpointingTrainer):
         self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Sample targets for the batch's queries, encode them and return the truncated softmax loss."""
-        chosen: list[ContrastSet] = []
+        chosen, args = list[Choice](), self.args
 
         def candidate_fn(query_embeddings: torch.Tensor) -> SampledTargets:
             with self.step_log.phase("sampling"):
-                contrast, sampled = self._chooser.choose(
-                    query_embeddings, inputs, live=self.live_cache, step=self.state.global_step
+                choice = self._chooser.choose(
+                    query_embeddings, inputs, scan=self._scan, step=self.state.global_step, cached=self._cached
                 )
-            chosen.append(contrast)
-            return sampled
+            chosen.append(choice)
+            return choice.part
 
-        outputs = model(queries=inputs["queries"], positives=inputs["positives"], candidate_fn=candidate_fn)
-        self.cost["query_passes"] += len(outputs.query_embeddings)
-        self.cost["train_target_passes"] += len(outputs.target_embeddings)
-        if self.live_cache is not None:
+        outputs = model(
+            queries=inputs["queries"], positives=inputs["positives"] if args.train_targets else None,
+            candidate_fn=candidate_fn, mini_batch_size=args.mini_batch_size,
+            distillation_weight=args.distillation_weight, distillation_temperature=args.distillation_temperature,
+        )  # fmt: skip
+        choice = chosen[0]
+        self.cost["query_passes"] += len(choice.queries)
+        if args.train_targets:
+            self.cost["train_target_passes"] += len(choice.contrast.rows)
+        if self.live_cache is not None and args.train_targets:
             with self.step_log.phase("corrector"):
                 fresh = outputs.target_embeddings.detach().float()
-                self.live_cache.learn_from(chosen[0], fresh, step=self.state.global_step, log=self.step_log)
+                self.live_cache.learn_from(choice, fresh, step=self.state.global_step, log=self.step_log)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Estimate the operations of a step; transformers' own expects a single tensor of tokens."""
-        return self.model.floating_point_ops(inputs)
+        return self.encoder.floating_point_ops(inputs)
 
     def start_following(self) -> None:
         """Forget pairs of an earlier call of :meth:`train`, whose steps were counted from zero too."""
@@ -260,7 +306,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
         super()._load_best_model()
         if self.live_cache is not None:
             folder = Path(str(self.state.best_model_checkpoint))
-            self.live_cache = LiveCache.reopen(folder, self.model, self.args, held_out=self._held_out)
+            self.live_cache = LiveCache.reopen(folder, self.encoder, self.args, held_out=self._held_out)
 
     def after_step(self, step: int) -> None:
         """Refresh the cache if the schedule says so; called after every optimiser step."""
@@ -277,26 +323,6 @@ class DualEncoderTrainer(CheckpointingTrainer):
         super().log({**logs, **self.step_log.drain()} if "loss" in logs else logs, start_time)
 
     # ------------------------------------------------------------------ judgement
-
-    def encode_queries(self, split: Dataset, model: DualEncoderModel | None = None) -> torch.Tensor:
-        """Encode a split's queries, ``(q, dim)`` float32, and count the passes."""
-        texts = column(split, "query")
-        self.cost["query_passes"] += len(texts)
-        encoder = self.model if model is None else model
-        return encoder.encode_tokens(
-            encoder.tokenize(texts, "query"), "query", token_budget=self.args.token_budget,
-            compute_dtype=compute_dtype_of(self.args),
-        )  # fmt: skip
-
-    def encode_fresh(self) -> TargetVectors:
-        """Encode all targets with the current weights into memory, and count the passes."""
-        self.prepare()
-        self.cost["final_target_passes"] += len(self.targets)
-        rows, progress = np.arange(len(self.targets)), not self.args.disable_tqdm
-        with tqdm(total=len(rows), desc="encode fresh targets", unit="text", disable=not progress) as bar:
-            return TensorVectors(
-                encode_rows(self.model, self.tokens, rows, options=encode_options_of(self.args), bar=bar)
-            )
 
     def evaluate(
         self,
@@ -328,10 +354,8 @@ class DualEncoderTrainer(CheckpointingTrainer):
             )
         self.prepare()
         started = time.time()
-        view = self.encode_fresh() if self.live_cache is None else self.live_cache.corrected
-        ranked = ExactIndex(view, device=self.args.device).search(self.encode_queries(split), 100).rows.cpu().numpy()
-        values = quality(ranked, positives_as_rows(split, self.targets))
-        metrics = {f"{metric_key_prefix}_{name}": float(value.mean()) for name, value in values.items()}
+        found = self.run_judge.search_quality(split, self.live_cache)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(column(split, "query")))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -351,28 +375,17 @@ class DualEncoderTrainer(CheckpointingTrainer):
             CacheMismatchError: If ``old_model`` is not the encoder that made the first cache.
         """
         live = self._need_cache("judge")
-        old_queries = None
-        if old_model is not None:
-            checks.check_made_by(live.first, old_model)
-            cast(torch.nn.Module, old_model).to(self.args.device)
-            old_queries = self.encode_queries(split, old_model)
-        conditions = Conditions(
-            queries=self.encode_queries(split), stale=live.cache, corrected=live.corrected, fresh=self.encode_fresh(),
-            old_queries=old_queries, old=live.first if old_model is not None else None,
-        )  # fmt: skip
-        return measure_staleness(
-            conditions, positives_as_rows(split, self.targets), fitted_rows=self.fitted_rows,
-            scale=self.model.config.scale,
-            options=JudgeOptions(device=self.args.device) if options is None else options,
-        )  # fmt: skip
+        return self.run_judge.measure(split, live, old_model=old_model, options=options)
 
     @property
     def fitted_rows(self) -> np.ndarray:
         """Rows of the targets the corrector was fitted on, ``(n,)`` int64; none without a corrector."""
-        if self.live_cache is None or self.live_cache.online is None:
-            return np.zeros(0, dtype=np.int64)
-        rows: np.ndarray = self.live_cache.online.fitted_rows.numpy()
-        return rows
+        return np.zeros(0, dtype=np.int64) if self.live_cache is None else self.live_cache.fitted_rows
+
+    @property
+    def run_judge(self) -> RunJudge:
+        """What measures this run."""
+        return RunJudge(self.encoder, self.args, self.targets, self.tokens, self.cost)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -386,12 +399,8 @@ class DualEncoderTrainer(CheckpointingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, tokenizers and corrector, with which targets the corrector was fitted on."""
         super().save_model(output_dir, _internal_call)
-        if self.live_cache is not None and self.live_cache.online is not None and self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER
-            cache, encoder, side = self.live_cache.cache, self.model.fingerprint("target"), self.args.corrector_side
-            rows, made = tuple(self.fitted_rows.tolist()), None if side is None else side_details(cache, side) or None
-            note = (cache.manifest.checksum, encoder.digest, rows, tuple(cache.ids[row] for row in rows))
-            FittedTargets(*note, encoder.to_dict(), made).save(folder)
+        if self.live_cache is not None and self.args.should_save:
+            self.live_cache.note_fitted(Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER)
 
     def load_extra_state(self, folder: Path) -> None:
         """Read costs; caches and pairs are restored by :meth:`prepare`."""

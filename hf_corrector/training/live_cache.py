@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from hf_corrector._distributed import broadcast_object, broadcast_tensors, is_main, on_main, world_size
 from hf_corrector._files import atomic_write, read_json, write_json
 from hf_corrector.cache.side_store import open_side, save_dense, save_side, side_details, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
-from hf_corrector.candidate_sampling import ContrastSet
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.tokens import TokenStore
 from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CacheMismatchError, CheckpointError
+from hf_corrector.index.faiss import FaissIndex
+from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.records import FittedTargets
+from hf_corrector.scans import BlockScan, PooledScan, ScanPlan, ShortlistScan, TargetScan, stale_index
 from hf_corrector.side_features import DenseSide, SideFeatures, TokenCounts, mean_word_embeddings
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.corrector_fit import CorrectorFitting
 from hf_corrector.training.corrector_trainer import OnlineCorrector, OnlineTargets
+from hf_corrector.training.step_fidelity import sampling_variation
 from hf_corrector.training.step_log import StepLog
+from hf_corrector.training.target_choice import Choice
 
 STATE_FILE = "corrector_state.json"
 STATE_TENSORS = "corrector_state.safetensors"
+SCAN_FILE = "scan-snapshot"
 _MEAN_ROWS = 65_536
 logger = logging.get_logger(__name__)
 
@@ -73,6 +81,9 @@ class LiveCache:
         self.cache = cache
         self.stale = CorrectedTargets(cache, None, device=self._args.device)
         self.corrected, self.online = self.stale, None
+        self._scan: TargetScan | None = None
+        self._scanned: CorrectedTargets | None = None
+        self._index: FaissIndex | None = None
         corrector = self._model.corrector
         if corrector is not None and self._args.uses_corrector:
             side = side_of(cache, self._model, self._args)
@@ -82,42 +93,97 @@ class LiveCache:
             )
             self.online = OnlineCorrector(corrector, targets, fitting=fitting_of(self._args))
 
+    @property
+    def fitted_rows(self) -> np.ndarray:
+        """Rows of the targets the corrector was fitted on, ``(n,)`` int64; known to the main process."""
+        rows = torch.zeros(0, dtype=torch.int64) if self.online is None else self.online.fitted_rows
+        found: np.ndarray = rows.numpy()
+        return found
+
+    def scan(self, plan: ScanPlan, *, warming_up: bool) -> TargetScan | None:
+        """Return what negatives are drawn from: all targets through the corrector, or as they are while it warms up.
+
+        None where vectors of another size cannot be scored before the corrector is used.
+        """
+        targets = self.stale if warming_up or self.online is None else self.corrected
+        if targets.dim != self._model.config.embedding_dim:
+            return None
+        if self._scan is None or self._scanned is not targets:
+            self._scan, self._scanned = self._new_scan(targets, plan), targets
+        return self._scan
+
+    def _new_scan(self, targets: CorrectedTargets, plan: ScanPlan) -> TargetScan:
+        match plan.strategy:
+            case "pooled":
+                return PooledScan(targets, plan)
+            case "shortlist":
+                if self._index is None:
+                    self._index = stale_index(self.cache, seed=self._args.seed)
+                return ShortlistScan(targets, plan, index=self._index)
+            case _:
+                return BlockScan(targets, plan, scratch=Path(str(self._args.output_dir)) / SCAN_FILE)
+
     @torch.no_grad()
-    def learn_from(self, contrast: ContrastSet, fresh: torch.Tensor, *, step: int, log: StepLog) -> None:
+    def learn_from(self, choice: Choice, fresh: torch.Tensor, *, step: int, log: StepLog) -> None:
         """Log how stale the targets of a step were, and hand them to the corrector as pairs.
 
         Args:
-            contrast: Which targets the step encoded.
-            fresh: Their embeddings, ``(n, dim)`` float32.
+            choice: Which targets the step encoded, on all processes.
+            fresh: Their embeddings, ``(columns, dim)`` float32.
             step: Optimiser steps done before.
-            log: Takes the cosines, and the residual on uniform rows before the corrector has seen them.
+            log: Takes the cosines, the residual on uniform rows before the corrector has seen them, and how far the
+                distribution negatives are drawn from is from the exact one.
         """
+        contrast = choice.contrast
         stale = self.cache.gather(contrast.rows).to(fresh.device)
         seen, count = stale, len(fresh)
-        log.observe("cosine_stale_fresh", float(F.cosine_similarity(stale, fresh).mean()), count=count)
+        if stale.shape == fresh.shape:
+            log.observe("cosine_stale_fresh", float(F.cosine_similarity(stale, fresh).mean()), count=count)
         if self.online is not None:
             side = self.online.targets.side
             beside = None if side is None else side.gather(contrast.rows).to(fresh.device)
             seen = self.online.corrector(stale, beside)
             log.observe("cosine_corrected_fresh", float(F.cosine_similarity(seen, fresh).mean()), count=count)
-            self.online.observe(contrast.rows, fresh, step=step)
+            if is_main():
+                self.online.observe(contrast.rows, fresh, step=step)
+        if seen.shape != fresh.shape:
+            return
         uniform = contrast.uniform.to(fresh.device)
         if uniform.any():
             residual = (seen - fresh)[uniform].square().sum(dim=1).mean()
             log.observe("residual_uniform", float(residual), count=int(uniform.sum()))
+        if choice.sampled is not None and choice.sampled.log_normalizer is not None:
+            variation = sampling_variation(
+                choice, seen, fresh, scale=self._model.config.scale, args=self._args, num_targets=len(self.cache)
+            )
+            log.observe("sampling_tv", float(variation.mean()), count=len(variation))
 
     def update_corrector(self, step: int, learning_rate: float) -> None:
         """Let the corrector follow the drift after a step that was taken with this learning rate."""
+        if self.online is not None:
+            self.online.advance(learning_rate)
+            if self.online.due(step):
+                self._change(self.online.update, step)
+        if self._scan is not None:
+            self._scan.advance()
+
+    def _change(self, fit: Callable[..., bool], *about: int) -> None:
+        """Let the main process fit the corrector, and all others take it over."""
         if self.online is None:
             return
-        self.online.advance(learning_rate)
-        if self.online.update(step):
+        corrector = self.online.corrector
+        changed = on_main("fitting the corrector", lambda: fit(*about))
+        if changed:
+            if world_size() > 1:
+                _send(corrector)
             self.corrected.invalidate()
+            if self._scan is not None and self._scanned is self.corrected:
+                self._scan.invalidate()
 
     def finish_corrector(self) -> None:
         """Fit the corrector once more when training ends."""
-        if self.online is not None and self.online.finish():
-            self.corrected.invalidate()
+        if self.online is not None:
+            self._change(self.online.finish)
 
     def refresh(self, targets: Dataset, tokens: TokenStore) -> int:
         """Encode all targets anew with the current weights; the corrector starts again at the identity.
@@ -156,6 +222,8 @@ class LiveCache:
 
     def _remove_unnamed(self, current: Path) -> None:
         """Remove refreshed caches that no checkpoint names any more; the first one is always kept."""
+        if not is_main():
+            return
         out = Path(str(self._args.output_dir))
         named = {current.resolve(), self.first.path.resolve()}
         for state in out.glob(f"*/{STATE_FILE}"):
@@ -164,8 +232,24 @@ class LiveCache:
             if folder.resolve() not in named:
                 shutil.rmtree(folder)
 
+    def note_fitted(self, folder: Path) -> None:
+        """Write beside a saved corrector what it was fitted to, if one is trained."""
+        if self.online is None:
+            return
+        encoder, side = self._model.fingerprint("target"), self._args.corrector_side
+        rows = tuple(self.fitted_rows.tolist())
+        FittedTargets(
+            self.cache.manifest.checksum, encoder.digest, rows, tuple(self.cache.ids[row] for row in rows),
+            encoder.to_dict(), None if side is None else side_details(self.cache, side) or None,
+        ).save(folder)  # fmt: skip
+
     def save(self, folder: Path, cost: dict[str, int]) -> None:
         """Write into a checkpoint which caches are in use, and the corrector's pairs."""
+        if self._scan is not None:
+            # A resumed run corrects all targets anew, so this one does too.
+            self._scan.renew()
+        if not is_main():
+            return
         tensors = {} if self.online is None else self.online.state()
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         atomic_write(folder / STATE_TENSORS, lambda path: save_file(contiguous, path))
@@ -203,6 +287,17 @@ class LiveCache:
         if live.online is not None:
             live.online.load_state(load_file(folder / STATE_TENSORS))
         return live
+
+
+def _send(corrector: CorrectorModel) -> None:
+    """Give the main process's corrector to all others."""
+    corrector.config.fit_summary = broadcast_object(corrector.config.fit_summary)
+    # How large some of its parts are (landmarks, tokens with a displacement) is decided by the fit.
+    shapes = broadcast_object({name: tuple(one.shape) for name, one in corrector.state_dict().items()})
+    if not is_main():
+        own = corrector.state_dict()
+        corrector.load_state_dict({name: own[name].new_zeros(shape) for name, shape in shapes.items()})
+    broadcast_tensors(list(corrector.state_dict().values()))
 
 
 def _cache_path(folder: Path, entry: dict[str, str]) -> Path:

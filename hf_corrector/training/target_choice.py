@@ -1,21 +1,65 @@
-"""Which targets a training batch encodes: sampled from the live cache, without known positives."""
+"""Which targets a training batch encodes: sampled from all targets, given by the data, and shared among processes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from hf_corrector._distributed import all_gather_rows, gather_columns, rank, world_size
 from hf_corrector.batching import pad_tokens
-from hf_corrector.candidate_sampling import ContrastSet, SamplingPlan, contrast_set, sample_candidates
-from hf_corrector.corrected_targets import CorrectedTargets
+from hf_corrector.candidate_sampling import (
+    ContrastSet,
+    GivenTargets,
+    Sampled,
+    SamplingPlan,
+    contrast_set,
+    sample_candidates,
+    sample_uniformly,
+)
 from hf_corrector.data.tokens import TokenStore
-from hf_corrector.index.base import TensorVectors
-from hf_corrector.models.modeling_dual_encoder import DualEncoderModel, SampledTargets
+from hf_corrector.models.contrast import SampledTargets
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.sampling import DrawKeys, ExcludedRows
+from hf_corrector.scans import TargetScan
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
-from hf_corrector.training.live_cache import LiveCache
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """What the data say about the training queries, each sequence one entry per query.
+
+    Attributes:
+        positives: Known positives, target row to grade.
+        negatives: Given hard negatives, target rows.
+        teacher: A teacher's scores, target row to score.
+    """
+
+    positives: Sequence[Mapping[int, float]]
+    negatives: Sequence[Sequence[int]]
+    teacher: Sequence[Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The targets of one step.
+
+    Attributes:
+        contrast: What the queries of all processes are contrasted with.
+        queries: Their embeddings, ``(queries of all processes, dim)`` float32, detached.
+        excluded: Known positives of each of them.
+        sampled: What the sampler knows; None where no score was looked at.
+        part: What this process's forward pass takes.
+    """
+
+    contrast: ContrastSet
+    queries: torch.Tensor
+    excluded: ExcludedRows
+    sampled: Sampled | None
+    part: SampledTargets
 
 
 class TargetChooser:
@@ -25,69 +69,96 @@ class TargetChooser:
         model: The encoder, for its size, scale and padding.
         args: Arguments of the run.
         tokens: The tokenised targets.
-        positives: For each training query its known positives, target row to grade.
+        judgements: What the data say about the training queries.
     """
 
     def __init__(
-        self,
-        model: DualEncoderModel,
-        args: DualEncoderTrainingArguments,
-        tokens: TokenStore,
-        *,
-        positives: Sequence[Mapping[int, float]],
+        self, model: DualEncoderModel, args: DualEncoderTrainingArguments, tokens: TokenStore, *, judgements: Judgements
     ) -> None:
-        self._args, self._tokens, self._positives = args, tokens, positives
-        self._scale, self._dim, self._pad = model.config.scale, model.config.embedding_dim, model.pad_token_id("target")
+        self._args, self._tokens, self._judgements = args, tokens, judgements
+        self._pad = model.pad_token_id("target")
+        self._plan = None
+        if args.negatives != "in_batch":
+            self._plan = SamplingPlan(
+                negatives=args.negatives, num_negatives=args.num_negatives, uniform_fraction=args.uniform_fraction,
+                scale=model.config.scale, seed=args.seed, negative_filter=args.negative_filter,
+            )  # fmt: skip
 
     def choose(
-        self, query_embeddings: torch.Tensor, batch: Mapping[str, Any], *, live: LiveCache | None, step: int
-    ) -> tuple[ContrastSet, SampledTargets]:
-        """Choose targets for a batch of queries.
+        self, query_embeddings: torch.Tensor, batch: Mapping[str, Any], *, scan: TargetScan | None, step: int,
+        cached: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Choice:  # fmt: skip
+        """Choose targets for a batch of queries, together with all other processes.
 
         Args:
             query_embeddings: ``(batch, dim)``, detached.
             batch: What the collator made: ``query_rows`` and ``positive_rows``, each ``(batch,)``.
-            live: The cache, or None where negatives are chosen without looking at vectors.
+            scan: All targets, or None where negatives are chosen without looking at vectors.
             step: Optimiser steps done; the draws are keyed by it.
+            cached: Returns the vectors of target rows, where targets are not encoded but read.
 
         Returns:
-            Which targets, and their tokens for the encoder's forward pass.
+            The targets of all processes' queries, and this process's part of encoding and scoring them.
         """
-        query_rows = batch["query_rows"].cpu().numpy()
-        excluded = ExcludedRows([list(self._positives[row]) for row in query_rows.tolist()])
-        candidates = None
-        if self._args.negatives != "in_batch":
-            warming_up = self._args.uses_corrector and step < self._args.corrector_warmup_steps
-            # Vectors of another size cannot be scored before the corrector is used: chance chooses until then.
-            blind = live is None or (warming_up and live.stale.dim != self._dim)
-            by_chance = warming_up and (blind or self._args.warmup_negatives == "uniform")
-            candidates = sample_candidates(
-                self._view(None if blind else live, warming_up), query_embeddings, self._plan(by_chance),
-                excluded=excluded, keys=DrawKeys(seed=self._args.seed, step=step, query_ids=query_rows),
-            )  # fmt: skip
+        counts = [len(part) for part in all_gather_rows(batch["query_rows"])]
+        queries = torch.cat(all_gather_rows(query_embeddings.detach().float().contiguous()))
+        query_rows = torch.cat(all_gather_rows(batch["query_rows"])).cpu().numpy()
+        positives = torch.cat(all_gather_rows(batch["positive_rows"]))
+        excluded = ExcludedRows([list(self._judgements.positives[row]) for row in query_rows.tolist()])
+        keys = DrawKeys(seed=self._args.seed, step=step, query_ids=query_rows)
+        sampled, candidates = None, None
+        if self._plan is not None and scan is None:
+            by_chance = SamplingPlan("uniform", self._plan.num_negatives, 1.0, self._plan.scale, self._plan.seed)
+            candidates = sample_uniformly(len(self._tokens), by_chance, excluded=excluded, keys=keys)
+        elif self._plan is not None and scan is not None:
+            sampled = sample_candidates(scan, queries, self._plan, positives=positives, excluded=excluded, keys=keys)
+            candidates = sampled.candidates
         contrast = contrast_set(
-            candidates, batch["positive_rows"], excluded=excluded, share_negatives=self._args.share_negatives
+            candidates, self._given(query_rows, positives, excluded), share_negatives=self._args.share_negatives
         )
-        return contrast, self._with_tokens(contrast, len(query_rows))
+        part = self._part_of(contrast, counts, None if cached is None else cached(contrast.rows))
+        return Choice(contrast, queries, excluded, sampled, part)
 
-    def _view(self, live: LiveCache | None, warming_up: bool) -> CorrectedTargets:
-        if live is not None:
-            return live.stale if warming_up else live.corrected
-        # Uniform draws look at no vector; zeros that take no memory stand for them, so that one path serves all.
-        zeros = torch.zeros(1, self._dim).expand(len(self._tokens), -1)
-        return CorrectedTargets(TensorVectors(zeros), None, device=self._args.device, snapshot_bytes=0)
-
-    def _plan(self, by_chance: bool) -> SamplingPlan:
-        return SamplingPlan(
-            negatives="uniform" if by_chance else self._args.negatives, num_negatives=self._args.num_negatives,
-            uniform_fraction=self._args.uniform_fraction, scale=self._scale, seed=self._args.seed,
+    def _given(self, query_rows: np.ndarray, positives: torch.Tensor, excluded: ExcludedRows) -> GivenTargets:
+        args, known, queries = self._args, self._judgements, query_rows.tolist()
+        negatives = [known.negatives[row][: args.given_negatives] for row in queries] if args.given_negatives else []
+        return GivenTargets(
+            positives, excluded,
+            grades=[known.positives[row] for row in queries] if args.several_positives else (),
+            negatives=negatives,
+            teacher=[known.teacher[row] for row in queries] if args.distillation_weight else (),
         )  # fmt: skip
 
-    def _with_tokens(self, contrast: ContrastSet, batch: int) -> SampledTargets:
-        extra = contrast.rows[batch:].numpy()
+    def _part_of(self, contrast: ContrastSet, counts: list[int], vectors: torch.Tensor | None) -> SampledTargets:
+        """Take this process's queries and its share of the targets that are no positives."""
+        own, first = counts[rank()], sum(counts[: rank()])
+        mine = slice(first, first + own)
+        extra, parts = contrast.rows[sum(counts) :].numpy(), world_size()
+        shares = [extra[len(extra) * part // parts : len(extra) * (part + 1) // parts] for part in range(parts)]
         tokens = None
-        if len(extra):
-            padded = pad_tokens(self._tokens.tokens(extra), self._pad)
+        if len(shares[rank()]) and vectors is None:
+            padded = pad_tokens(self._tokens.tokens(shares[rank()]), self._pad)
             tokens = {name: tensor.to(self._args.device) for name, tensor in padded.items()}
-        log_proposal = contrast.log_proposal if self._args.sampling_correction else None
-        return SampledTargets(tokens, contrast.allowed, log_proposal)
+        together = None
+        if parts > 1 and vectors is None:
+            order = _columns_in_order(counts, [len(share) for share in shares])
+            together = lambda encoded: gather_columns(encoded)[order.to(encoded.device)]  # noqa: E731
+        weights, teacher = contrast.label_weights, contrast.teacher_scores
+        return SampledTargets(
+            tokens, contrast.allowed[mine],
+            log_proposal=contrast.log_proposal[mine] if self._args.sampling_correction else None,
+            labels=torch.arange(first, first + own, device=contrast.allowed.device),
+            label_weights=None if weights is None else weights[mine],
+            teacher_scores=None if teacher is None else teacher[mine],
+            vectors=vectors, gather=together,
+        )  # fmt: skip
+
+
+def _columns_in_order(positives: list[int], extras: list[int]) -> torch.Tensor:
+    """Return where each column is found, once the targets of all processes stand under each other in rank order."""
+    start, first, then = 0, [], []
+    for own, more in zip(positives, extras, strict=True):
+        first.append(torch.arange(start, start + own))
+        then.append(torch.arange(start + own, start + own + more))
+        start += own + more
+    return torch.cat([*first, *then])

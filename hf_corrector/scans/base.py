@@ -1,0 +1,110 @@
+"""What every scan of the targets answers, and how it is told to go about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hf_corrector._distributed import all_gather_rows
+from hf_corrector.corrected_targets import CorrectedTargets
+from hf_corrector.errors import ConfigurationError
+from hf_corrector.sampling import DrawKeys, ExcludedRows, SoftmaxDraws
+
+STRATEGIES = ("full", "amortised", "pooled", "shortlist")
+SCAN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """How the targets are looked at.
+
+    Attributes:
+        strategy: ``"full"``: all, through the corrector as it is now. ``"amortised"``: all, each corrected anew every
+            ``refresh_steps`` steps. ``"pooled"``: ``pool`` targets drawn anew in every step. ``"shortlist"``: the
+            ``shortlist`` nearest by an index of the stale vectors, corrected, and ``pool`` drawn ones that stand for
+            all others.
+        dtype: Arithmetic of the scores, ``"float32"`` or ``"bfloat16"``.
+        refresh_steps: Of ``"amortised"``.
+        pool: Of ``"pooled"`` and ``"shortlist"``, in targets.
+        shortlist: Of ``"shortlist"``, in targets.
+        snapshot_bytes: ``"full"`` keeps corrected rows in memory if they need no more, per process.
+
+    Raises:
+        ConfigurationError: If a value is out of its range.
+    """
+
+    strategy: str = "full"
+    dtype: str = "float32"
+    refresh_steps: int = 20
+    pool: int = 8192
+    shortlist: int = 256
+    snapshot_bytes: int = 8 * 2**30
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if (
+            self.strategy not in STRATEGIES or self.dtype not in SCAN_DTYPES
+            or min(self.refresh_steps, self.pool, self.shortlist) < 1
+        ):  # fmt: skip
+            raise ConfigurationError(
+                "scan", expected=f"a strategy among {STRATEGIES}, a dtype among {tuple(SCAN_DTYPES)}, sizes >= 1",
+                got=str(self), cure="Correct the argument.",
+            )  # fmt: skip
+
+
+class TargetScan(Protocol):
+    """All targets of a run, ready to be drawn from."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where queries are expected."""
+
+    def __len__(self) -> int:
+        """Return the number of all targets."""
+
+    def draw(
+        self, queries: torch.Tensor, k: int, *, scale: float, excluded: ExcludedRows, keys: DrawKeys
+    ) -> SoftmaxDraws:
+        """Draw k distinct targets per query, ``(batch, dim)``, from the softmax this scan sees."""
+
+    def top(self, queries: torch.Tensor, k: int, *, excluded: ExcludedRows, keys: DrawKeys) -> SoftmaxDraws:
+        """Return the k highest scores of each query instead; log_normalizer is NaN."""
+
+    def score(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the scores of chosen targets, ``(batch, n)`` float32, for rows ``(batch, n)`` int64."""
+
+    def skip_highest(
+        self, queries: torch.Tensor, count: int, *, excluded: ExcludedRows, keys: DrawKeys
+    ) -> torch.Tensor:  # fmt: skip
+        """Return a ceiling, ``(batch,)``, above which the ``count`` highest scores of each query lie."""
+
+    def invalidate(self) -> None:
+        """Take note that the corrector has changed."""
+
+    def advance(self) -> None:
+        """Take note that a step has ended."""
+
+    def renew(self) -> None:
+        """Forget everything that depends on earlier steps, so that a resumed run sees the same."""
+
+
+def exchange_columns(own: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return what every process has for the same queries, ``(batch, n_r)`` each, in rank order."""
+    return [part.T for part in all_gather_rows(own.T.contiguous())]
+
+
+def just_below(scores: torch.Tensor) -> torch.Tensor:
+    """Return the next smaller float32 numbers, so that scores equal to the given ones lie above."""
+    return torch.nextafter(scores.float(), torch.full_like(scores.float(), -torch.inf))
+
+
+def score_rows(targets: CorrectedTargets, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return the scores of chosen targets through the corrector as it is now, ``(batch, n)``, for rows ``(batch, n)``.
+
+    Several queries that ask for the same target have it corrected once.
+    """
+    vectors = targets.gather(rows.reshape(-1)).reshape(*rows.shape, -1)
+    return torch.einsum("bd,bkd->bk", queries.float(), vectors.to(queries.device))

@@ -1,0 +1,130 @@
+"""Scores of the nearest targets by an index of the stale vectors, and of a few that stand for all others."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from hf_corrector.affine_view import AffineView
+from hf_corrector.corrected_targets import CorrectedTargets
+from hf_corrector.index.base import RowVectors
+from hf_corrector.index.faiss import FaissIndex, FaissParameters
+from hf_corrector.sampling import (
+    DrawKeys,
+    ExcludedRows,
+    IntArray,
+    ListedTargets,
+    SoftmaxDraws,
+    draw_listed,
+    draw_pool,
+    top_listed,
+)
+from hf_corrector.scans.base import ScanPlan, just_below, score_rows
+
+_FIT_ROWS = 8192
+
+
+class ShortlistScan:
+    """Draw from a softmax that knows its head exactly and its tail by a weighted sample.
+
+    The stale vectors are indexed once; queries are folded through the affine map nearest to the corrector, see
+    :mod:`hf_corrector.affine_view`, and what they find is corrected and scored. A uniform pool of the other targets
+    stands for them, each with the weight of ``targets outside the list / pool``. Every process searches the whole index
+    for all queries, so that nothing is exchanged.
+
+    Args:
+        targets: All targets through the corrector.
+        plan: Its sizes.
+        index: Of the stale vectors, searched with its own parameters; see :func:`stale_index`.
+    """
+
+    def __init__(self, targets: CorrectedTargets, plan: ScanPlan, *, index: FaissIndex) -> None:
+        self._targets, self._plan, self._index = targets, plan, index
+        self._view = self._fit_view()
+
+    @property
+    def device(self) -> torch.device:
+        """Where queries are expected."""
+        return self._targets.device
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def draw(
+        self, queries: torch.Tensor, k: int, *, scale: float, excluded: ExcludedRows, keys: DrawKeys
+    ) -> SoftmaxDraws:
+        """Draw k distinct targets per query, see :class:`hf_corrector.scans.TargetScan`."""
+        return draw_listed(self._listed(queries, excluded=excluded, keys=keys), k, scale=scale, keys=keys)
+
+    def top(self, queries: torch.Tensor, k: int, *, excluded: ExcludedRows, keys: DrawKeys) -> SoftmaxDraws:
+        """Return the k highest scores of each query among those looked at, equal ones by row."""
+        return top_listed(self._listed(queries, excluded=excluded, keys=keys), k)
+
+    def score(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the scores of chosen targets, ``(batch, n)``."""
+        return score_rows(self._targets, queries, rows)
+
+    def skip_highest(
+        self, queries: torch.Tensor, count: int, *, excluded: ExcludedRows, keys: DrawKeys
+    ) -> torch.Tensor:  # fmt: skip
+        """Return a ceiling above which the ``count`` highest scores of each list lie, ``(batch,)``."""
+        scores = self._listed(queries, excluded=excluded, keys=keys).scores
+        return just_below(scores.topk(min(count, scores.shape[1]), dim=1).values[:, -1])
+
+    def invalidate(self) -> None:
+        """Fit the affine map to the corrector as it is now."""
+        self._targets.invalidate()
+        self._view = self._fit_view()
+
+    def advance(self) -> None:
+        """Do nothing: the pool is a function of the step."""
+
+    def renew(self) -> None:
+        """Do nothing: nothing is kept but what the corrector decides."""
+        self._view = self._fit_view()
+
+    def _fit_view(self) -> AffineView | None:
+        corrector = self._targets.corrector
+        if corrector is None:
+            return None
+        found = AffineView.of(corrector)
+        normalize = corrector.config.normalize_output
+        return AffineView.fit(self._targets, normalize=normalize, fit_rows=_FIT_ROWS) if found is None else found
+
+    def _listed(self, queries: torch.Tensor, *, excluded: ExcludedRows, keys: DrawKeys) -> ListedTargets:
+        """Return what is looked at for each query: the head as it is, the tail with its weight."""
+        asked = queries if self._view is None else self._view.fold(queries)[0].float()
+        size = min(self._plan.shortlist, len(self))
+        head = self._index.search(asked.cpu(), size, parameters=self._index.description.parameters).rows.numpy()
+        pool = draw_pool(len(self), self._plan.pool, seed=keys.seed, step=keys.step)
+        tail = np.broadcast_to(pool, (len(head), len(pool)))
+        twice = np.stack([np.isin(pool, row) for row in head])
+        tail = np.where(twice, -1, tail)
+        ids = np.concatenate([head, tail], axis=1)
+        ids = np.where((ids >= 0) & ~excluded.listed(ids), ids, -1)
+        outside = np.maximum(len(self) - (head >= 0).sum(axis=1), 1)
+        weight = np.log(outside / np.maximum((~twice).sum(axis=1), 1))
+        scores = torch.cat(
+            [self.score(queries, torch.from_numpy(head.clip(0))), self._pool_scores(queries, pool)], dim=1
+        )
+        rows = torch.from_numpy(ids).to(scores.device)
+        if excluded.ceiling is not None:
+            rows = torch.where(scores > excluded.ceiling.to(scores.device)[:, None], torch.full_like(rows, -1), rows)
+        heavier = torch.zeros(scores.shape, dtype=torch.float64, device=scores.device)
+        heavier[:, head.shape[1] :] = torch.from_numpy(weight).to(scores.device)[:, None]
+        return ListedTargets(rows, scores.masked_fill(rows < 0, -torch.inf), heavier)
+
+    def _pool_scores(self, queries: torch.Tensor, pool: IntArray) -> torch.Tensor:
+        vectors = self._targets.gather(torch.from_numpy(pool)).to(queries.device)
+        return queries.float() @ vectors.T
+
+
+def stale_index(stale: RowVectors, *, seed: int = 0) -> FaissIndex:
+    """Build an index that suits the number of targets: exact where that is quick, clusters searched in part beyond."""
+    factory, parameters = "Flat", FaissParameters()
+    if len(stale) > 20_000:
+        lists = 2 ** round(math.log2(4 * math.sqrt(len(stale))))
+        factory, parameters = f"IVF{lists},Flat", FaissParameters(nprobe=max(16, lists // 32))
+    return FaissIndex.build(stale, factory, parameters=parameters, seed=seed)

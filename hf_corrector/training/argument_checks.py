@@ -1,0 +1,183 @@
+"""What is wrong with the arguments of a run, before any work is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_corrector.errors import ConfigurationError
+from hf_corrector.models.configuration_corrector import ACTIVATIONS, CLOSED_FORM_KINDS, KINDS, SIDES
+from hf_corrector.scans.base import STRATEGIES
+from hf_corrector.training.refresh_schedule import RefreshSchedule
+
+if TYPE_CHECKING:
+    from hf_corrector.training.arguments import DualEncoderTrainingArguments as Arguments
+
+NEGATIVES = ("softmax", "top_k", "uniform", "in_batch")
+STALENESS = ("corrector", "ignore", "refresh", "rerank")
+CORRECTOR_FITS = ("closed_form", "gradient")
+WARMUP_NEGATIVES = ("stale", "uniform")
+CACHE_DTYPES = ("float32", "bfloat16", "float16")
+SCANS = ("auto", *STRATEGIES)
+SCAN_DTYPES = ("auto", "float32", "bfloat16")
+
+
+def check(args: Arguments) -> None:
+    """Refuse values out of range and combinations that cannot work (ConfigurationError)."""
+    _check_choices(args)
+    _check_ranges(args)
+    _check_refreshes(args)
+    _check_negatives(args)
+    _check_encoder(args)
+    _check_corrector(args)
+    _check_upstream(args)
+
+
+def _refuse(name: str, *, expected: str, got: Any, cure: str) -> None:
+    raise ConfigurationError(name, expected=expected, got=str(got), cure=cure)
+
+
+def _check_choices(args: Arguments) -> None:
+    choices: dict[str, tuple[Any, tuple[str | None, ...]]] = {
+        "negatives": (args.negatives, NEGATIVES),
+        "staleness": (args.staleness, STALENESS),
+        "corrector_kind": (args.corrector_kind, KINDS),
+        "warmup_negatives": (args.warmup_negatives, WARMUP_NEGATIVES),
+        "corrector_side": (args.corrector_side, (None, *SIDES)),
+        "corrector_fit": (args.corrector_fit, (None, *CORRECTOR_FITS)),
+        "corrector_activation": (args.corrector_activation, ACTIVATIONS),
+        "cache_dtype": (args.cache_dtype, CACHE_DTYPES),
+        "scan": (args.scan, SCANS),
+        "scan_dtype": (args.scan_dtype, SCAN_DTYPES),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            _refuse(name, expected=f"one of {allowed}", got=repr(value), cure="Choose one of them.")
+
+
+def _check_ranges(args: Arguments) -> None:
+    # name: value, least, most
+    infinite = float("inf")
+    ranges: dict[str, tuple[float | None, float, float]] = {
+        "num_negatives": (args.num_negatives, 1, infinite),
+        "corrector_window": (args.corrector_window, 1, infinite),
+        "corrector_update_steps": (args.corrector_update_steps, 1, infinite),
+        "corrector_batch_size": (args.corrector_batch_size, 1, infinite),
+        "corrector_updates": (args.corrector_updates, 1, infinite),
+        "corrector_warmup_steps": (args.corrector_warmup_steps, 0, infinite),
+        "corrector_hidden_dim": (args.corrector_hidden_dim, 1, infinite),
+        "corrector_learning_rate": (args.corrector_learning_rate, 0, 1e30),
+        "token_budget": (args.token_budget, 1, infinite),
+        "per_device_train_batch_size": (args.per_device_train_batch_size, 1, infinite),
+        "learning_rate": (args.learning_rate, 0, infinite),
+        "uniform_fraction": (args.uniform_fraction, 0, 1),
+        "relative_margin": (args.relative_margin, 0, 1),
+        "range_min": (args.range_min, 0, infinite),
+        "given_negatives": (args.given_negatives, 0, infinite),
+        "distillation_weight": (args.distillation_weight, 0, infinite),
+        "distillation_temperature": (args.distillation_temperature, 1e-6, infinite),
+        "mini_batch_size": (args.mini_batch_size, 1, infinite),
+        "rerank_candidates": (args.rerank_candidates, 1, infinite),
+        "scan_budget": (args.scan_budget, 0, 1),
+        "scan_refresh_steps": (args.scan_refresh_steps, 1, infinite),
+        "scan_pool": (args.scan_pool, 1, infinite),
+        "scan_shortlist": (args.scan_shortlist, 1, infinite),
+        "scan_memory_gb": (args.scan_memory_gb, 0, infinite),
+    }
+    for name, (value, least, most) in ranges.items():
+        if value is not None and not least <= value <= most:
+            span = f"at least {least:g}" if most > 1 else f"{least:g} to {most:g}"
+            _refuse(name, expected=span, got=value, cure="Give a number in that range.")
+
+
+def _check_refreshes(args: Arguments) -> None:
+    scheduled = bool(RefreshSchedule.parse(args.refresh_steps).phases)
+    if args.staleness == "refresh" and not scheduled:
+        _refuse(
+            "refresh_steps", expected="a schedule with staleness='refresh'", got=repr(args.refresh_steps),
+            cure="Give a number of steps, for instance 100.",
+        )  # fmt: skip
+    if args.staleness in ("ignore", "rerank") and scheduled:
+        _refuse(
+            "refresh_steps", expected=f"'never' with staleness={args.staleness!r}", got=repr(args.refresh_steps),
+            cure="Use staleness='refresh', or 'corrector' with refreshes.",
+        )  # fmt: skip
+    if args.staleness in ("refresh", "rerank") and not args.samples_from_scores:
+        _refuse(
+            "staleness", expected="'ignore' or 'corrector' where no negative is chosen by a cached vector",
+            got=f"{args.staleness!r} with negatives={args.negatives!r}",
+            cure="Use staleness='ignore': nothing is read stale.",
+        )  # fmt: skip
+
+
+def _check_negatives(args: Arguments) -> None:
+    if args.sampling_correction and (args.share_negatives or args.negatives not in ("softmax", "uniform")):
+        _refuse(
+            "sampling_correction", expected="share_negatives=False and negatives 'softmax' or 'uniform'",
+            got=f"share_negatives={args.share_negatives}, negatives={args.negatives!r}",
+            cure="How often shared or top-k negatives are drawn is not defined; switch one of the two off.",
+        )  # fmt: skip
+    wanted = args.negative_filter
+    if (wanted.by_score or wanted.range_min) and not args.samples_from_scores:
+        _refuse(
+            "absolute_margin, relative_margin, max_score, range_min",
+            expected="negatives 'softmax' or 'top_k', which look at scores", got=repr(args.negatives),
+            cure="Leave the filter out, or sample by scores.",
+        )  # fmt: skip
+    if args.staleness == "rerank" and args.rerank_candidates < args.num_negatives:
+        _refuse(
+            "rerank_candidates", expected=f"at least num_negatives ({args.num_negatives})", got=args.rerank_candidates,
+            cure="Raise it.",
+        )  # fmt: skip
+
+
+def _check_encoder(args: Arguments) -> None:
+    if not args.train_targets and args.staleness != "ignore":
+        _refuse(
+            "staleness", expected="'ignore' with train_targets=False: frozen targets do not go stale",
+            got=repr(args.staleness), cure="Use staleness='ignore'.",
+        )  # fmt: skip
+    if args.deepspeed is not None:
+        _refuse(
+            "deepspeed", expected="DDP or FSDP2", got="a DeepSpeed configuration",
+            cure="Use FSDP2, which shards the same states; see examples/accelerate/fsdp2.yaml.",
+        )  # fmt: skip
+
+
+def _check_corrector(args: Arguments) -> None:
+    closed = args.corrector_kind in CLOSED_FORM_KINDS
+    if args.corrector_fit == "closed_form" and args.corrector_kind == "residual_mlp":
+        _refuse(
+            "corrector_fit", expected="'gradient' for a residual_mlp", got="'closed_form'",
+            cure="Leave corrector_fit out, or use corrector_kind='affine'.",
+        )  # fmt: skip
+    if args.corrector_fit == "gradient" and closed:
+        _refuse(
+            "corrector_fit", expected=f"'closed_form' for {args.corrector_kind}", got="'gradient'",
+            cure="Leave corrector_fit out, or use corrector_kind='residual_mlp'.",
+        )  # fmt: skip
+
+
+def _check_upstream(args: Arguments) -> None:
+    """Refuse what transformers offers and this trainer cannot honour, before it fails in the middle of a run."""
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        _refuse(
+            "train_sampling_strategy", expected="'random' or 'sequential'", got=repr(args.train_sampling_strategy),
+            cure="Leave it out: batches are padded to their own longest query and target.",
+        )  # fmt: skip
+    if args.include_num_input_tokens_seen != "no":
+        _refuse(
+            "include_num_input_tokens_seen", expected="'no'", got=repr(args.include_num_input_tokens_seen),
+            cure="Read trainer.cost instead, which counts every encoded query and target.",
+        )  # fmt: skip
+    if args.push_to_hub:
+        _refuse(
+            "push_to_hub", expected="False: the run's folder also holds the cache and the tokenised corpus",
+            got="True", cure="Train, then call trainer.model.push_to_hub(repo_id).",
+        )  # fmt: skip
+    if args.remove_unused_columns:
+        _refuse("remove_unused_columns", expected="False", got="True", cure="Leave it out.")
+    if args.n_gpu > 1:
+        _refuse(
+            "DualEncoderTrainer", expected="one device per process", got=f"{args.n_gpu} devices in one",
+            cure="Start with `accelerate launch --multi_gpu`, one process per device, or set CUDA_VISIBLE_DEVICES.",
+        )  # fmt: skip

@@ -1,0 +1,69 @@
+"""The harness itself: it must show failures, never hide them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from process_helpers import launch, outcomes_on_ranks, run_on_ranks
+
+DYING = """
+import os, signal, sys
+import torch
+from hf_corrector import _distributed
+
+_distributed.join_processes()
+_distributed.barrier()
+if _distributed.rank() == 1 and sys.argv[1] == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+with _distributed.naming_failures("training step 3"):
+    _distributed.gather_columns(torch.ones(2, 2))
+print("rank", _distributed.rank(), "of", _distributed.world_size(), "is done", flush=True)
+"""
+
+
+def second_complains() -> int:
+    if torch.distributed.get_rank() == 1:
+        print("told on the error stream", file=sys.stderr)
+        raise ValueError("nothing works")
+    return 1
+
+
+def first_sleeps() -> None:
+    time.sleep(60 if torch.distributed.get_rank() == 0 else 0)
+
+
+def first_is_killed() -> None:
+    if torch.distributed.get_rank() == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_failures_of_a_child_are_shown_with_what_it_printed() -> None:
+    with pytest.raises(AssertionError, match=r"rank 1: exit 1\n(?s:.*)told on the error stream(?s:.*)nothing works"):
+        run_on_ranks(second_complains, 2)
+    assert [type(outcome.error) for outcome in outcomes_on_ranks(second_complains, 2)] == [type(None), ValueError]
+    with pytest.raises(AssertionError, match=f"rank 0: exit -{int(signal.SIGTERM)}"):
+        run_on_ranks(first_is_killed, 2)
+
+
+def test_children_that_hang_are_killed_and_named() -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"ranks \[0\] still ran after 4 s"):
+        run_on_ranks(first_sleeps, 2, timeout=4)
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("action", ["live", "die"])
+def test_a_job_with_a_dead_process_ends_with_an_error(action: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(DYING)
+    start = time.monotonic()
+    done = launch(script, 2, action)
+    assert (done.returncode == 0) == (action == "live"), done.stderr
+    assert done.stdout.count("of 2 is done") == (2 if action == "live" else 0)
+    assert time.monotonic() - start < 60
