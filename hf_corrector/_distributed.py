@@ -277,11 +277,11 @@ def agree(what: str, error: Exception | None) -> None:
 
 
 @contextmanager
-def naming_failures(what: str) -> Iterator[None]:
+def naming_failures(what: str | Callable[[], str]) -> Iterator[None]:
     """Turn the errors a backend raises when another process is gone or late into one that says so.
 
     Args:
-        what: What this process was doing, for instance ``"training step 7"``.
+        what: What this process was doing, for instance ``"training step 7"``, or what says so once it matters.
 
     Raises:
         DistributedError: Names this rank, what it was doing, the backend's words and the cure. Errors that have nothing
@@ -290,12 +290,14 @@ def naming_failures(what: str) -> Iterator[None]:
     try:
         yield
     except DistributedError as error:
+        what = what if isinstance(what, str) else what()
         inner = error.where.removeprefix(_place(""))
         where = _place(what if inner == what else f"{what}, {inner}")
         raise DistributedError(where, expected=error.expected, got=error.got, cure=error.cure) from error
     except RuntimeError as error:
         if world_size() == 1 or not _from_backend(error):
             raise
+        what = what if isinstance(what, str) else what()
         words = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DistributedError(
             _place(what), expected=f"an answer of all {world_size()} processes", got=f"{type(error).__name__}: {words}",

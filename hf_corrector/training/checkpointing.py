@@ -24,6 +24,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from hf_corrector._distributed import barrier, naming_failures, on_main
 from hf_corrector._files import write_json
 from hf_corrector.errors import CheckpointError, ConfigurationError
 from hf_corrector.models.adapter_files import adapted_layers, check_folder
@@ -61,7 +62,7 @@ class CheckpointingTrainer(Trainer):
     _adapter_checked = False
 
     def save_extra_state(self, folder: Path) -> None:
-        """Write what a subclass needs beside the model into a checkpoint folder."""
+        """Write what a subclass needs beside the model into a checkpoint folder; called in every process."""
 
     def load_extra_state(self, folder: Path) -> None:
         """Read what :meth:`save_extra_state` wrote."""
@@ -88,7 +89,8 @@ class CheckpointingTrainer(Trainer):
                     cure="Train without resume_from_checkpoint.",
                 )  # fmt: skip
             resume_from_checkpoint = str(newest)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with naming_failures(lambda: f"training after step {self.state.global_step}"):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_adapter(self) -> None:
         """Find out before the work what would make the checkpoints useless."""
@@ -118,15 +120,17 @@ class CheckpointingTrainer(Trainer):
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         # A folder of an earlier run at this step stops being complete before its first file is replaced.
-        (folder / COMPLETE_MARKER).unlink(missing_ok=True)
+        on_main("starting a checkpoint", lambda: (folder / COMPLETE_MARKER).unlink(missing_ok=True))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self.save_extra_state(folder)
+        # Other processes write their random states by themselves.
+        barrier()
         if not self.args.should_save:
             return
-        self.save_extra_state(folder)
         flush_folder(folder)
         write_json(folder / COMPLETE_MARKER, {"global_step": self.state.global_step})
         rotate_checkpoints(

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
-from hf_corrector._distributed import naming_failures
+from hf_corrector._distributed import is_main
 from hf_corrector._files import read_json, write_json
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.collators import PairCollator, PairDataset
@@ -25,7 +25,7 @@ from hf_corrector.encoding import build_cache, encode_rows, tokenize_texts
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.staleness import StalenessReport
-#TMP from hf_corrector.models.adapters import freeze_targets
+from hf_corrector.models.adapters import freeze_targets
 from hf_corrector.models.contrast import SampledTargets
 from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel
 from hf_corrector.records import COSTS
@@ -99,7 +99,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
         self.targets, self._given_cache = targets, target_cache
         checks.attach_corrector(self.encoder, args, target_cache)
         if not args.train_targets:
-            pass  #TMP freeze_targets(self.encoder)
+            freeze_targets(self.encoder)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
             data_collator=cast(
@@ -254,7 +254,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Do one forward and backward pass and let the corrector follow."""
-        with self.step_log.phase("step"), naming_failures(f"training step {self.state.global_step + 1}"):
+        with self.step_log.phase("step"):
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             if self.live_cache is not None and self.accelerator.sync_gradients:
                 with self.step_log.phase("corrector"):
@@ -391,9 +391,9 @@ class DualEncoderTrainer(CheckpointingTrainer):
 
     def save_extra_state(self, folder: Path) -> None:
         """Write costs, caches and the corrector's pairs into a checkpoint."""
-        if self.live_cache is None:
+        if self.live_cache is None and is_main():
             write_json(folder / STATE_FILE, {"cost": self.cost, "caches": [], "settings": settings_of(self.args)})
-        else:
+        elif self.live_cache is not None:
             self.live_cache.save(folder, self.cost)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
