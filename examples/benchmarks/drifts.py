@@ -91,8 +91,8 @@ class KeepDrift(TrainerCallback):
     def encode(self) -> dict[str, torch.Tensor]:
         """Encode all targets and the test queries with the weights of now."""
         self.trainer.model.eval()
-        fresh = self.trainer.encode_fresh()
-        vectors = {"targets": fresh.read(0, len(fresh)), "queries": self.trainer.encode_queries(self.data.test)}
+        fresh = self.trainer.run_judge.encode_fresh()
+        vectors = {"targets": fresh.read(0, len(fresh)), "queries": self.trainer.run_judge.encode_queries(self.data.test)}
         self.trainer.model.train()
         return vectors
 
@@ -105,7 +105,7 @@ class KeepDrift(TrainerCallback):
         if state.global_step not in self.steps:
             return
         after, free = self.encode(), self.trainer.live_cache.online.window.pairs()
-        other = self.trainer.encode_queries(self.data.train.select(range(0, len(self.data.train), 8)))
+        other = self.trainer.run_judge.encode_queries(self.data.train.select(range(0, len(self.data.train), 8)))
         lists = self.trainer.tokens.tokens(np.arange(len(self.trainer.tokens)))
         folder = self.folder / f"{self.name}-{state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,7 @@ def print_run(strategy: str, seed: int, trainer: DualEncoderTrainer, report: Sta
 def compare_families(trainer: DualEncoderTrainer, data: RetrievalData, seed: int) -> None:
     """Fit every family on the free pairs and on random re-encoded targets, and judge all on the same queries."""
     live = trainer.live_cache
-    queries, fresh = trainer.encode_queries(data.test), trainer.encode_fresh()
+    queries, fresh = trainer.run_judge.encode_queries(data.test), trainer.run_judge.encode_fresh()
     relevant = positives_as_rows(data.test, data.corpus)
     window = live.online.window.pairs()
     sources = {"free pairs": (window.rows, window.fresh)}

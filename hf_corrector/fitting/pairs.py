@@ -58,7 +58,7 @@ class Pairs:
             ConfigurationError: If shapes disagree, a number is not finite, or fewer than two targets are left.
         """
         weights = torch.ones(len(stale)) if weights is None else weights
-        _check_pairs(stale, fresh, weights)
+        check_pairs(stale, fresh, weights)
         _check_beside(len(stale), side, clock, target_rows)
         stale, fresh, weights = stale.double().cpu(), fresh.double().cpu(), weights.double().cpu()
         side = None if side is None else side.cpu()
@@ -94,7 +94,8 @@ def _merge(values: torch.Tensor, group: torch.Tensor, share: torch.Tensor) -> to
     return merged.index_add_(0, group, values * share)
 
 
-def _check_pairs(stale: torch.Tensor, fresh: torch.Tensor, weights: torch.Tensor) -> None:
+def check_pairs(stale: torch.Tensor, fresh: torch.Tensor, weights: torch.Tensor) -> None:
+    """Refuse pairs whose shapes disagree, that are not finite or have no weight (ConfigurationError)."""
     if stale.dim() != 2 or fresh.dim() != 2 or not len(stale) == len(fresh) == len(weights):
         raise ConfigurationError(
             "corrector fit",
