@@ -13,10 +13,13 @@ from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderConf
 from hf_corrector.version import __version__
 
 if TYPE_CHECKING:
+    from hf_corrector.adaptation.adaptive_cache import AdaptiveCache
+    from hf_corrector.adaptation.streaming_corrector import StreamingCorrector
     from hf_corrector.cache.target_cache import TargetCache
     from hf_corrector.corrected_retriever import CorrectedRetriever, RetrieverOptions
     from hf_corrector.data.datasets import RetrievalData, from_pairs, load_retrieval_data
     from hf_corrector.data.stdlib import standard_library_data
+    from hf_corrector.drift_detection import AdaptationPolicy, DriftDetector
     from hf_corrector.encoding import EncodeOptions, build_cache, update_cache
     from hf_corrector.evaluation.staleness import measure_staleness
     from hf_corrector.index_upgrade.options import UpgradeOptions
@@ -53,6 +56,10 @@ _HOMES = {
     "update_cache": "hf_corrector.encoding",
     "EncoderFingerprint": "hf_corrector.records",
     "RunRecord": "hf_corrector.records",
+    "AdaptiveCache": "hf_corrector.adaptation.adaptive_cache",
+    "StreamingCorrector": "hf_corrector.adaptation.streaming_corrector",
+    "AdaptationPolicy": "hf_corrector.drift_detection",
+    "DriftDetector": "hf_corrector.drift_detection",
 }
 
 __all__ = [
@@ -82,6 +89,10 @@ __all__ = [
     "update_cache",
     "EncoderFingerprint",
     "RunRecord",
+    "AdaptiveCache",
+    "StreamingCorrector",
+    "AdaptationPolicy",
+    "DriftDetector",
     "__version__",
 ]
 

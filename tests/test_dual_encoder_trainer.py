@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -510,3 +511,88 @@ def test_columns_that_say_nothing_new_may_be_left_out(tiny_encoder: str, data: R
     DualEncoderTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=bare, targets=targets).train()
     with pytest.raises(DataError, match="eval_dataset"):
         DualEncoderTrainer(model, arguments(tmp_path), targets=targets, eval_dataset=data.dev.select([]))
+
+
+# ---------------------------------------------------------------------- several positives, given negatives, a teacher
+
+
+def graded_data() -> RetrievalData:
+    """Eight queries with two positives of different grades, two given negatives and a teacher's scores."""
+    corpus = [f"the {thing} is {colour}" for colour in COLOURS for thing in THINGS]
+    ids = [f"t{row}" for row in range(len(corpus))]
+    train = {
+        "query_id": [f"q{n}" for n in range(8)],
+        "query": [f"find {corpus[9 * n]}" for n in range(8)],
+        "positive_ids": [[ids[9 * n], ids[9 * n + 1]] for n in range(8)],
+        "positive_grades": [[2.0, 1.0]] * 8,
+        "negative_ids": [[ids[9 * n + 2], ids[9 * n + 3]] for n in range(8)],
+        "positive_scores": [[9.0, 7.0]] * 8,
+        "negative_scores": [[2.0, 1.0]] * 8,
+    }
+    targets = Dataset.from_dict({"id": ids, "text": corpus})
+    return RetrievalData(corpus=targets, train=Dataset.from_dict(train), dev=None, test=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "targets_a_step"),
+    [
+        ({"negatives": "in_batch"}, 4),
+        ({"negatives": "in_batch", "given_negatives": 2}, 12),
+        ({"negatives": "in_batch", "several_positives": True}, 8),
+        ({"negatives": "in_batch", "several_positives": True, "given_negatives": 1, "distillation_weight": 0.5}, 12),
+    ],
+)
+def test_what_the_data_give_is_encoded_and_trained_on(
+    tiny_encoder: str, tmp_path: Path, changes: dict[str, Any], targets_a_step: int
+) -> None:
+    trainer = trainer_for(tiny_encoder, graded_data(), tmp_path, max_steps=1, staleness="ignore", **changes)
+    trainer.train()
+    assert trainer.cost["train_target_passes"] == targets_a_step
+    assert np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_distillation_pulls_scores_towards_the_teachers(tiny_encoder: str, tmp_path: Path) -> None:
+    changes = {
+        "negatives": "in_batch", "staleness": "ignore", "several_positives": True, "given_negatives": 2,
+        "distillation_weight": 1.0, "distillation_temperature": 2.0, "max_steps": 40, "per_device_train_batch_size": 8,
+    }  # fmt: skip
+    data = graded_data()
+    trainer = trainer_for(tiny_encoder, data, tmp_path, **changes)
+    queries, targets = column(data.train, "query"), column(data.corpus, "text")
+
+    def gap() -> float:
+        scores = trainer.encoder.encode_query(queries) @ trainer.encoder.encode_target(targets).T
+        return float(np.mean([float(scores[n, 9 * n] - scores[n, 9 * n + 3]) for n in range(8)]))
+
+    before = gap()
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    assert gap() > before + 0.05
+
+
+# ---------------------------------------------------------------------- alarms
+
+
+@pytest.mark.parametrize(("action", "refreshed"), [("log", False), ("refit", False), ("refresh", True)])
+def test_a_crossed_bound_is_logged_and_acted_on(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path, action: str, refreshed: bool
+) -> None:
+    trainer = trainer_for(
+        tiny_encoder, data, tmp_path, max_steps=25, drift_bound=1e-4, drift_action=action, num_negatives=8,
+        uniform_fraction=0.5, learning_rate=5e-3, corrector_update_steps=1000,
+    )  # fmt: skip
+    trainer.train()
+    assert sum(entry.get("drift_alarms", 0) for entry in trainer.state.log_history) >= 1
+    assert (trainer.cost["refresh_target_passes"] > 0) is refreshed
+    assert bool(len(trainer.fitted_rows)) is not refreshed or action != "refit"
+
+
+def test_no_alarm_is_raised_while_nothing_drifts(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    trainer = trainer_for(
+        tiny_encoder, data, tmp_path, max_steps=25, learning_rate=0.0, drift_bound=0.01, drift_action="refresh",
+        num_negatives=8, uniform_fraction=0.5,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.cost["refresh_target_passes"] == 0
+    assert all("drift_alarms" not in entry for entry in trainer.state.log_history)

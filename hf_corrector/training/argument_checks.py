@@ -17,6 +17,7 @@ STALENESS = ("corrector", "ignore", "refresh", "rerank")
 CORRECTOR_FITS = ("closed_form", "gradient")
 WARMUP_NEGATIVES = ("stale", "uniform")
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
+DRIFT_ACTIONS = ("log", "refit", "refresh")
 SCANS = ("auto", *STRATEGIES)
 SCAN_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -46,6 +47,7 @@ def _check_choices(args: Arguments) -> None:
         "corrector_fit": (args.corrector_fit, (None, *CORRECTOR_FITS)),
         "corrector_activation": (args.corrector_activation, ACTIVATIONS),
         "cache_dtype": (args.cache_dtype, CACHE_DTYPES),
+        "drift_action": (args.drift_action, DRIFT_ACTIONS),
         "scan": (args.scan, SCANS),
         "scan_dtype": (args.scan_dtype, SCAN_DTYPES),
     }
@@ -76,6 +78,7 @@ def _check_ranges(args: Arguments) -> None:
         "distillation_weight": (args.distillation_weight, 0, infinite),
         "distillation_temperature": (args.distillation_temperature, 1e-6, infinite),
         "mini_batch_size": (args.mini_batch_size, 1, infinite),
+        "drift_bound": (args.drift_bound, 1e-9, 4 - 1e-9),
         "rerank_candidates": (args.rerank_candidates, 1, infinite),
         "scan_budget": (args.scan_budget, 0, 1),
         "scan_refresh_steps": (args.scan_refresh_steps, 1, infinite),
@@ -107,6 +110,16 @@ def _check_refreshes(args: Arguments) -> None:
             got=f"{args.staleness!r} with negatives={args.negatives!r}",
             cure="Use staleness='ignore': nothing is read stale.",
         )  # fmt: skip
+
+    if args.drift_bound is not None and (not args.needs_cache or args.negatives == "in_batch"):
+        _refuse(
+            "drift_bound", expected="a run that reads a cache and draws targets by chance",
+            got=f"negatives={args.negatives!r}, staleness={args.staleness!r}", cure="Leave drift_bound out.",
+        )  # fmt: skip
+    if args.drift_bound is not None and args.drift_action == "refit" and not args.uses_corrector:
+        _refuse(
+            "drift_action", expected="'log' or 'refresh' without a corrector", got="'refit'", cure="Choose one of them."
+        )
 
 
 def _check_negatives(args: Arguments) -> None:

@@ -13,6 +13,7 @@ from hf_corrector.training import argument_checks
 from hf_corrector.training.argument_checks import (
     CACHE_DTYPES,
     CORRECTOR_FITS,
+    DRIFT_ACTIONS,
     NEGATIVES,
     SCAN_DTYPES,
     SCANS,
@@ -102,6 +103,20 @@ class DualEncoderTrainingArguments(TrainingArguments):
             "the schedule of refresh_steps, 'rerank' encodes the rerank_candidates nearest by stale scores in every "
             "step, 'ignore' does nothing.",
             "choices": STALENESS,
+        },
+    )
+    drift_bound: float | None = field(
+        default=None,
+        metadata={
+            "help": "Raise an alarm when the mean squared error of the targets as training sees them (2 - 2 cosine "
+            "for unit vectors) is found to be above this; a sequential test on uniformly drawn targets."
+        },
+    )
+    drift_action: str = field(
+        default="log",
+        metadata={
+            "help": "What an alarm does: 'log', 'refit' the corrector at once, or 'refresh' the whole cache.",
+            "choices": DRIFT_ACTIONS,
         },
     )
     rerank_candidates: int = field(default=100, metadata={"help": "Targets encoded per query with 'rerank'."})

@@ -117,6 +117,15 @@ class OnlineCorrector:
         self._descend(self._optimizer, self.fitting.updates, step=step)
         return True
 
+    def refit(self) -> bool:
+        """Fit to the window now; say whether the corrector changed."""
+        if self._optimizer is None:
+            return self._solve(online=True)
+        if self._is_composite:
+            self._solve(online=True)
+        self._descend(self._optimizer, self.fitting.finishing_updates, step=-2)
+        return True
+
     def finish(self) -> bool:
         """Fit once more when training ends, with the full choice of priors or a falling learning rate."""
         if self._optimizer is None:

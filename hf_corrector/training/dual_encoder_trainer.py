@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.collators import PairCollator, PairDataset
 from hf_corrector.data.judgements import given_negatives_as_rows, teacher_scores_as_rows
 from hf_corrector.data.retrieval import column, positives_as_rows
-from hf_corrector.encoding import build_cache, encode_rows, tokenize_texts
+from hf_corrector.encoding import build_cache, tokenize_texts
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.staleness import StalenessReport
@@ -29,7 +28,6 @@ from hf_corrector.models.adapters import freeze_targets
 from hf_corrector.models.contrast import SampledTargets
 from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel
 from hf_corrector.records import COSTS
-from hf_corrector.scans import RerankScan, ScanPlan, TargetScan
 from hf_corrector.training import checks
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.callbacks import StalenessCallback
@@ -37,9 +35,9 @@ from hf_corrector.training.checkpointing import CheckpointingTrainer
 from hf_corrector.training.judging import RunJudge
 from hf_corrector.training.live_cache import STATE_FILE, LiveCache, encode_options_of, settings_of
 from hf_corrector.training.refresh_schedule import RefreshSchedule
-from hf_corrector.training.scan_setup import plan_scan
 from hf_corrector.training.step_log import StepLog
 from hf_corrector.training.target_choice import Choice, Judgements, TargetChooser
+from hf_corrector.training.target_source import TargetSource
 
 logger = logging.get_logger(__name__)
 
@@ -117,7 +115,6 @@ class DualEncoderTrainer(CheckpointingTrainer):
         self._resumed_with_cache = False
         self._pairs: PairDataset | None = None
         self._prepared = False
-        self._scan_plan: ScanPlan | None = None
 
     # ------------------------------------------------------------------ phases
 
@@ -155,6 +152,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
             self._pairs = PairDataset(
                 judgements.positives, queries, self.tokens, one_example_per_query=self.args.several_positives
             )
+            self._source = TargetSource(self.encoder, self.args, self.tokens, self.cost)
             self._chooser = TargetChooser(self.encoder, self.args, self.tokens, judgements=judgements)
         self._prepared = True
 
@@ -209,34 +207,6 @@ class DualEncoderTrainer(CheckpointingTrainer):
             )  # fmt: skip
         return self.live_cache
 
-    @property
-    def _scan(self) -> TargetScan | None:
-        """What the negatives of the next step are drawn from; None where no vector is looked at."""
-        args, live, step = self.args, self.live_cache, self.state.global_step
-        if live is None or not args.samples_from_scores:
-            return None
-        warming_up = args.uses_corrector and step < args.corrector_warmup_steps
-        if warming_up and args.warmup_negatives == "uniform":
-            return None
-        if self._scan_plan is None:
-            self._scan_plan = plan_scan(self.encoder, args, live, self.tokens)
-        scan = live.scan(self._scan_plan, warming_up=warming_up)
-        if scan is None or args.staleness != "rerank":
-            return scan
-        return RerankScan(scan, self._encode_candidates, candidates=args.rerank_candidates)
-
-    @property
-    def _cached(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """What reads the vectors of targets that are not encoded."""
-        live, device = self.live_cache, self.args.device
-        if self.args.train_targets or live is None:
-            return None
-        return lambda rows: live.cache.gather(rows).to(device)
-
-    def _encode_candidates(self, rows: torch.Tensor) -> torch.Tensor:
-        self.cost["rerank_target_passes"] += len(rows)
-        return encode_rows(self.encoder, self.tokens, rows.numpy(), options=encode_options_of(self.args))
-
     # ------------------------------------------------------------------ one step
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
@@ -270,7 +240,11 @@ class DualEncoderTrainer(CheckpointingTrainer):
         def candidate_fn(query_embeddings: torch.Tensor) -> SampledTargets:
             with self.step_log.phase("sampling"):
                 choice = self._chooser.choose(
-                    query_embeddings, inputs, scan=self._scan, step=self.state.global_step, cached=self._cached
+                    query_embeddings,
+                    inputs,
+                    scan=self._source.scan(self.live_cache, self.state.global_step),
+                    step=self.state.global_step,
+                    cached=self._source.cached(self.live_cache),
                 )
             chosen.append(choice)
             return choice.part
@@ -309,9 +283,15 @@ class DualEncoderTrainer(CheckpointingTrainer):
             self.live_cache = LiveCache.reopen(folder, self.encoder, self.args, held_out=self._held_out)
 
     def after_step(self, step: int) -> None:
-        """Refresh the cache if the schedule says so; called after every optimiser step."""
-        if self.live_cache is not None and self._schedule.due(step) and step < self.state.max_steps:
+        """Refresh the cache if the schedule or an alarm says so; called after every optimiser step."""
+        live = self.live_cache
+        if live is None or step >= self.state.max_steps:
+            return
+        asked = "none" if live.watch is None else live.watch.asked()
+        if self._schedule.due(step) or asked == "refresh":
             self.refresh_cache()
+        elif asked == "refit":
+            live.refit()
 
     def finish_corrector(self) -> None:
         """Fit the corrector to the last window once more; called when training ends."""

@@ -33,6 +33,7 @@ from hf_corrector.side_features import DenseSide, SideFeatures, TokenCounts, mea
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.corrector_fit import CorrectorFitting
 from hf_corrector.training.corrector_trainer import OnlineCorrector, OnlineTargets
+from hf_corrector.training.drift_watch import DriftWatch
 from hf_corrector.training.step_fidelity import sampling_variation
 from hf_corrector.training.step_log import StepLog
 from hf_corrector.training.target_choice import Choice
@@ -75,6 +76,9 @@ class LiveCache:
     ) -> None:
         self._model, self._args, self._held_out, self._from_start = model, args, held_out, from_start
         self.first = cache if first is None else first
+        self.watch = None if args.drift_bound is None else DriftWatch(
+            args.drift_bound, args.drift_action, targets=len(cache)
+        )  # fmt: skip
         self._use(cache)
 
     def _use(self, cache: TargetCache) -> None:
@@ -150,8 +154,10 @@ class LiveCache:
             return
         uniform = contrast.uniform.to(fresh.device)
         if uniform.any():
-            residual = (seen - fresh)[uniform].square().sum(dim=1).mean()
-            log.observe("residual_uniform", float(residual), count=int(uniform.sum()))
+            residuals = (seen - fresh)[uniform].square().sum(dim=1)
+            log.observe("residual_uniform", float(residuals.mean()), count=len(residuals))
+            if self.watch is not None:
+                self.watch.observe(residuals, log)
         if choice.sampled is not None and choice.sampled.log_normalizer is not None:
             variation = sampling_variation(
                 choice, seen, fresh, scale=self._model.config.scale, args=self._args, num_targets=len(self.cache)
@@ -179,6 +185,11 @@ class LiveCache:
             self.corrected.invalidate()
             if self._scan is not None and self._scanned is self.corrected:
                 self._scan.invalidate()
+
+    def refit(self) -> None:
+        """Fit the corrector now, without waiting for its turn."""
+        if self.online is not None:
+            self._change(self.online.refit)
 
     def finish_corrector(self) -> None:
         """Fit the corrector once more when training ends."""
@@ -209,6 +220,8 @@ class LiveCache:
             save_side(built.cache, open_side(self.cache, side), details=side_details(self.cache, side))
         self.reset_corrector()
         self._from_start = True
+        if self.watch is not None:
+            self.watch.reset()
         self._use(built.cache)
         self._remove_unnamed(path)
         return built.encoded
@@ -251,6 +264,7 @@ class LiveCache:
         if not is_main():
             return
         tensors = {} if self.online is None else self.online.state()
+        tensors |= {} if self.watch is None else self.watch.state()
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         atomic_write(folder / STATE_TENSORS, lambda path: save_file(contiguous, path))
         # Relative, so that a run may be moved as a whole.
@@ -284,8 +298,11 @@ class LiveCache:
             )  # fmt: skip
         first, current = (_open_named(folder, entry) for entry in (named[0], named[-1]))
         live = cls(current, model, args, first=first, held_out=held_out, from_start=state["from_start"])
+        tensors = load_file(folder / STATE_TENSORS)
         if live.online is not None:
-            live.online.load_state(load_file(folder / STATE_TENSORS))
+            live.online.load_state(tensors)
+        if live.watch is not None:
+            live.watch.load_state(tensors)
         return live
 
 

@@ -1,0 +1,60 @@
+"""What the negatives of a step are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_corrector.data.tokens import TokenStore
+from hf_corrector.encoding import encode_rows
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.scans import RerankScan, ScanPlan, TargetScan
+from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.live_cache import LiveCache, encode_options_of
+from hf_corrector.training.scan_setup import plan_scan
+
+
+@dataclass
+class TargetSource:
+    """The targets of a run, as its steps look at them.
+
+    Attributes:
+        model: The encoder.
+        args: Arguments of the run.
+        tokens: The tokenised targets.
+        cost: Takes the encoder's passes.
+        plan: How the targets are looked at; decided when first needed.
+    """
+
+    model: DualEncoderModel
+    args: DualEncoderTrainingArguments
+    tokens: TokenStore
+    cost: dict[str, int]
+    plan: ScanPlan | None = field(default=None)
+
+    def scan(self, live: LiveCache | None, step: int) -> TargetScan | None:
+        """Return what negatives are drawn from after so many steps; None where no vector is looked at."""
+        args = self.args
+        if live is None or not args.samples_from_scores:
+            return None
+        warming_up = args.uses_corrector and step < args.corrector_warmup_steps
+        if warming_up and args.warmup_negatives == "uniform":
+            return None
+        if self.plan is None:
+            self.plan = plan_scan(self.model, args, live, self.tokens)
+        scan = live.scan(self.plan, warming_up=warming_up)
+        if scan is None or args.staleness != "rerank":
+            return scan
+        return RerankScan(scan, self._encode_candidates, candidates=args.rerank_candidates)
+
+    def cached(self, live: LiveCache | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Return what reads the vectors of targets that are not encoded; None where targets are trained."""
+        if self.args.train_targets or live is None:
+            return None
+        return lambda rows: live.cache.gather(rows).to(self.args.device)
+
+    def _encode_candidates(self, rows: torch.Tensor) -> torch.Tensor:
+        self.cost["rerank_target_passes"] += len(rows)
+        return encode_rows(self.model, self.tokens, rows.numpy(), options=encode_options_of(self.args))
