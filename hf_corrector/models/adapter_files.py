@@ -33,7 +33,7 @@ ADAPTER_NAME = "default"
 # Of every name PEFT writes.
 PREFIX = "base_model.model."
 # Layers after pooling: small, and made at random where the encoder had none, so that they travel with the adapter.
-_HEADS = re.compile(r"(target_)?projection\.(base_layer\.)?(weight|bias)")
+_HEADS = re.compile(r"(target_)?projection\.((base_layer|original_module)\.)?(weight|bias)")
 _WHOLE_MODELS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 # Fields of an adapter's configuration that say nothing of its vectors once it has weights.
 _SILENT_FIELDS = frozenset({

@@ -49,16 +49,17 @@ def check_adapter(model: PeftModel) -> None:
     """Refuse, before any training, an adapter that could not be loaded again as it was.
 
     Raises:
-        ConfigurationError: If there are several adapters, one that works on prompts or inside of the corrector, if
-            weights would be trained that PEFT does not save, or if the model under it cannot be made again because it
-            was not loaded or changed since.
+        ConfigurationError: If there are several adapters, or one made for a task or inside of the corrector; if weights
+            would be trained that PEFT does not save; or if the model under it cannot be made again, because it was not
+            loaded or has changed since.
     """
     encoder, configs = dual_encoder_of(model), model.peft_config
-    if list(configs) != [ADAPTER_NAME] or configs[ADAPTER_NAME].is_prompt_learning:
+    # The classes PEFT takes for a task have a forward of their own, which does not hand on queries and targets.
+    if list(configs) != [ADAPTER_NAME] or type(model) is not PeftModel:
         raise ConfigurationError(
-            "adapters", expected=f"one, named {ADAPTER_NAME!r}, that changes layers",
-            got=", ".join(f"{name} of type {one.peft_type}" for name, one in configs.items()),
-            cure="Call get_peft_model(model, LoraConfig(...)) once on a model without adapters.",
+            "adapters", expected=f"one, named {ADAPTER_NAME!r}, that changes layers, without task_type",
+            got=", ".join(f"{name} of type {one.peft_type} for {one.task_type}" for name, one in configs.items()),
+            cure="Call get_peft_model(model, LoraConfig(...)) without task_type, once on a model without adapters.",
         )  # fmt: skip
     inside = [] if encoder.corrector is None else adapted_layers(encoder.corrector)
     if inside:
