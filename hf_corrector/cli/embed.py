@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from hf_corrector._distributed import is_main, join_processes, on_main
 from hf_corrector.cache.side_store import save_side
 from hf_corrector.cli.common import (
     DTYPES,
@@ -38,6 +39,7 @@ def run(argv: list[str]) -> int:
     """Run the command."""
     arguments = _flags().parse_args(argv)
     quieten()
+    join_processes()
     options = EncodeOptions(
         cache_dtype=arguments.cache_dtype, compute_dtype=arguments.compute_dtype,
         token_budget=arguments.token_budget, shard_rows=arguments.shard_rows, progress=not arguments.quiet,
@@ -55,8 +57,11 @@ def run(argv: list[str]) -> int:
     else:
         built = build_cache(model, data.corpus, path, options=options)
     if side is not None:
-        save_side(built.cache, side, details={"file": Path(arguments.side).name})
+        details = {"file": Path(arguments.side).name}
+        on_main("storing side features", lambda: save_side(built.cache, side, details=details))
     seconds = time.time() - started
+    if not is_main():
+        return 0
     _record(arguments, built, seconds)
     gone = f", {built.deleted:,} deleted" if arguments.update else ""
     print(f"{built.cache!r}: {built.encoded:,} targets encoded{gone} in {seconds:.1f} s")

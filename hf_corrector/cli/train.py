@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from transformers import HfArgumentParser
 
+from hf_corrector._distributed import is_main, on_main
 from hf_corrector.cli.common import (
     DATA_HELP,
     STDLIB,
@@ -67,6 +68,8 @@ def run(argv: list[str]) -> int:
         raise ConfigurationError("train", expected="--output_dir OUT", got="none", cure="Say where the run goes.")
     quieten()
     report = train_and_judge(what, args)
+    if not is_main():
+        return 0
     print(f"{report.table()}\n\n{report.judgement.sentence()}\n\nwritten to {args.output_dir}")
     return 0
 
@@ -80,7 +83,7 @@ def train_and_judge(
         HFCorrectorError: If arguments or data do not fit together; before any work is done.
     """
     started = time.time()
-    out = new_output_folder(str(args.output_dir))
+    out = on_main("making the output folder", lambda: new_output_folder(str(args.output_dir)))
     data = load_data(what.data)
     split = judged_split(data)
     if data.train is None:
@@ -111,7 +114,7 @@ def train_and_judge(
         "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
         "judge": time.time() - judged, "total": time.time() - started,
     }, measured)  # fmt: skip
-    replace(record, command=command).save(out)
+    on_main("writing run.json", lambda: replace(record, command=command).save(out))
     return report
 
 
@@ -122,8 +125,9 @@ def _record(
     manifests = [] if live is None else [live.first.manifest.to_dict(), live.cache.manifest.to_dict()]
     phases = {f"train_{name}": spent for name, spent in trainer.step_log.total_seconds.items()}
     history = [{key: value for key, value in entry.items() if _is_number(value)} for entry in trainer.state.log_history]
+    arguments = {**plain_arguments(what), **plain_arguments(args), "scan_chosen": trainer.scan_said}
     return RunRecord(
-        command="train", seed=args.seed, arguments={**plain_arguments(what), **plain_arguments(args)},
+        command="train", seed=args.seed, arguments=arguments,
         evaluation=report.to_dict(), fidelity=report.fidelity_dict(),
         cost={**trainer.cost, "measurement_target_passes": measured}, timing={**seconds, **phases},
         manifests=manifests, history=history,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DistributedType
 
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.configuration_corrector import ACTIVATIONS, CLOSED_FORM_KINDS, KINDS, SIDES
@@ -149,10 +152,20 @@ def _check_encoder(args: Arguments) -> None:
             "staleness", expected="'ignore' with train_targets=False: frozen targets do not go stale",
             got=repr(args.staleness), cure="Use staleness='ignore'.",
         )  # fmt: skip
-    if args.deepspeed is not None:
+    if args.deepspeed is not None or args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
         _refuse(
-            "deepspeed", expected="DDP or FSDP2", got="a DeepSpeed configuration",
-            cure="Use FSDP2, which shards the same states; see examples/accelerate/fsdp2.yaml.",
+            "deepspeed", expected="DistributedDataParallel", got="DeepSpeed",
+            cure="Start with examples/accelerate/ddp.yaml; mini_batch_size and adapters save more memory than shards.",
+        )  # fmt: skip
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        _refuse(
+            "fsdp", expected="DistributedDataParallel: weights in shards cannot be encoded with between steps",
+            got="FSDP", cure="Start with examples/accelerate/ddp.yaml, and use mini_batch_size or an adapter of PEFT.",
+        )  # fmt: skip
+    if args.fp16 and args.device.type == "cpu":
+        _refuse(
+            "fp16", expected="a GPU: on a CPU accelerate computes in float32 and does not say so", got="a CPU",
+            cure="Use bf16=True, which this package runs natively on CPUs that have it.",
         )  # fmt: skip
 
 

@@ -358,6 +358,11 @@ class DualEncoderTrainer(CheckpointingTrainer):
         return self.run_judge.measure(split, live, old_model=old_model, options=options)
 
     @property
+    def scan_said(self) -> str:
+        """How training looked at all targets and why; empty where it looked at none."""
+        return self._source.said if self._pairs is not None else ""
+
+    @property
     def fitted_rows(self) -> np.ndarray:
         """Rows of the targets the corrector was fitted on, ``(n,)`` int64; none without a corrector."""
         return np.zeros(0, dtype=np.int64) if self.live_cache is None else self.live_cache.fitted_rows

@@ -20,8 +20,8 @@ logger = logging.get_logger(__name__)
 
 def plan_scan(
     model: DualEncoderModel, args: DualEncoderTrainingArguments, live: LiveCache, tokens: TokenStore
-) -> ScanPlan:  # fmt: skip
-    """Decide how the targets are looked at, the same on every process, and say so where it was left to us."""
+) -> tuple[ScanPlan, str]:  # fmt: skip
+    """Decide how the targets are looked at, the same on every process, and say in a sentence what was decided."""
     dtype = args.scan_dtype
     if dtype == "auto":
         half = len(live.cache) > _FULL_PRECISION_TARGETS and fast_in_bfloat16(args.device.type)
@@ -30,12 +30,13 @@ def plan_scan(
         strategy="full" if args.scan == "auto" else args.scan, dtype=dtype, refresh_steps=args.scan_refresh_steps,
         pool=args.scan_pool, shortlist=args.scan_shortlist, snapshot_bytes=int(args.scan_memory_gb * 2**30),
     )  # fmt: skip
+    sentence = f"scan={wanted.strategy!r} in {wanted.dtype}, as the arguments say."
     if args.scan == "auto":
         task = scan_task(model, args, live, mean_tokens=float(np.mean(tokens.lengths)))
         wanted, sentence = choose_scan(task, wanted, budget=args.scan_budget)
         if is_main():
             logger.info(sentence)
-    return broadcast_object(wanted)
+    return broadcast_object((wanted, sentence))
 
 
 def scan_task(

@@ -26,6 +26,7 @@ class TargetSource:
         tokens: The tokenised targets.
         cost: Takes the encoder's passes.
         plan: How the targets are looked at; decided when first needed.
+        said: What was decided, and why.
     """
 
     model: DualEncoderModel
@@ -33,6 +34,7 @@ class TargetSource:
     tokens: TokenStore
     cost: dict[str, int]
     plan: ScanPlan | None = field(default=None)
+    said: str = ""
 
     def scan(self, live: LiveCache | None, step: int) -> TargetScan | None:
         """Return what negatives are drawn from after so many steps; None where no vector is looked at."""
@@ -43,7 +45,7 @@ class TargetSource:
         if warming_up and args.warmup_negatives == "uniform":
             return None
         if self.plan is None:
-            self.plan = plan_scan(self.model, args, live, self.tokens)
+            self.plan, self.said = plan_scan(self.model, args, live, self.tokens)
         scan = live.scan(self.plan, warming_up=warming_up)
         if scan is None or args.staleness != "rerank":
             return scan
