@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_corrector.cache.side_store import open_side, save_side, side_details
 from hf_corrector.cache.target_cache import TargetCache
@@ -596,3 +597,87 @@ def test_no_alarm_is_raised_while_nothing_drifts(tiny_encoder: str, data: Retrie
     trainer.train()
     assert trainer.cost["refresh_target_passes"] == 0
     assert all("drift_alarms" not in entry for entry in trainer.state.log_history)
+
+
+# ---------------------------------------------------------------------- adapters, queries alone, memory
+
+
+def adapted(encoder: str) -> PeftModel:
+    model = DualEncoderModel.from_encoder(encoder)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["query", "value"]))
+
+
+def test_an_adapter_is_trained_with_its_corrector_and_resumed_and_reloaded(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "learning_rate": 1e-2}
+
+    def trainer() -> DualEncoderTrainer:
+        return DualEncoderTrainer(
+            adapted(tiny_encoder), arguments(tmp_path, **settings), train_dataset=data.train, targets=data.corpus
+        )
+
+    whole = trainer()
+    base = {name: one.clone() for name, one in whole.encoder.state_dict().items() if "lora" not in name}
+    whole.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(weights(again.encoder), weights(whole.encoder))
+    changed = [
+        name for name, one in whole.encoder.state_dict().items() if name in base and not torch.equal(one, base[name])
+    ]
+    assert changed and all(name.startswith("corrector") for name in changed)
+    whole.save_model()
+    reloaded = DualEncoderModel.from_pretrained(str(tmp_path))
+    assert torch.equal(reloaded.encode_query(["find the red cat"]), whole.encoder.encode_query(["find the red cat"]))
+    assert reloaded.corrector is not None and whole.encoder.corrector is not None
+    assert_same(reloaded.corrector.state_dict(), whole.encoder.corrector.state_dict())
+
+
+def test_queries_alone_are_trained_on_cached_targets_that_never_move(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    model = DualEncoderModel.from_encoder(tiny_encoder, separate_towers=True)
+    args = arguments(tmp_path, train_targets=False, staleness="ignore", num_negatives=3, max_steps=60)
+    trainer = DualEncoderTrainer(model, args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev)
+    before = weights(model)
+    trainer.train()
+    moved = {name.split(".")[0] for name, one in weights(model).items() if not torch.equal(one, before[name])}
+    assert moved == {"encoder"}
+    assert trainer.cost["train_target_passes"] == 0 and trainer.cost["query_passes"] == 60 * 4
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert np.mean(losses[-15:]) < np.mean(losses[:15])
+
+
+def test_queries_alone_need_a_tower_of_their_own(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="separate_towers=True"):
+        trainer_for(tiny_encoder, data, tmp_path, train_targets=False, staleness="ignore")
+
+
+@pytest.mark.parametrize("negatives", ["softmax", "top_k"])
+def test_reranking_encodes_candidates_and_counts_them(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path, negatives: str
+) -> None:
+    trainer = trainer_for(tiny_encoder, data, tmp_path, staleness="rerank", rerank_candidates=6, negatives=negatives)
+    trainer.train()
+    assert 6 * 6 <= trainer.cost["rerank_target_passes"] <= 6 * 4 * 6
+    assert trainer.cost["train_target_passes"] <= 6 * 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"fp16": True}, "GPU"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "(?i)deepspeed"),
+        ({"fsdp": True}, "FSDP"),
+        ({"staleness": "rerank", "negatives": "uniform"}, "ignore"),
+        ({"train_targets": False}, "do not go stale"),
+        ({"absolute_margin": 0.1, "negatives": "uniform"}, "softmax"),
+        ({"drift_bound": 0.1, "drift_action": "refit", "staleness": "ignore"}, "corrector"),
+        ({"scan": "quick"}, "full"),
+        ({"mini_batch_size": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
+    with pytest.raises((ConfigurationError, ImportError), match=match):
+        arguments(tmp_path, **changes)

@@ -10,42 +10,53 @@
     lets PEFT save an adapter, which by itself cannot be loaded as a dual encoder; the rest is added here.
 ``Trainer._load_best_model``
     restores an adapter alone; here the corrector that belongs to it too.
+``Trainer._run_epoch``
+    does one more step where a run is resumed from its last checkpoint in the middle of an epoch.
+``Trainer._tr_loss`` and ``_globalstep_last_logged``
+    are lost with a process: the first loss a resumed run logs would be the mean over fewer steps than it should be.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_corrector._distributed import barrier, naming_failures, on_main
-from hf_corrector._files import write_json
+from hf_corrector._distributed import all_gather_object, barrier, is_main, naming_failures, on_main, rank, world_size
+from hf_corrector._files import fsync_directory, read_json, write_json
 from hf_corrector.errors import CheckpointError, ConfigurationError
 from hf_corrector.models.adapter_files import adapted_layers, check_folder
 from hf_corrector.models.adapters import check_adapter, load_adapter_extras, save_adapter_extras
+from hf_corrector.training.step_log import StepLog
 
 COMPLETE_MARKER = "COMPLETE"
+UNLOGGED_FILE = "unlogged.json"
+_REMOVED = ".removed-"
 logger = logging.get_logger(__name__)
 
 
 def newest_complete_checkpoint(output_dir: Path) -> Path | None:
     """Return the checkpoint with the highest step that was written to its end; incomplete ones are reported."""
-    found = []
-    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = folder.name.rsplit("-", 1)[-1]
-        if not number.isdigit():
-            continue
+    found = {}
+    for step, folder in _checkpoints(output_dir).items():
         if (folder / COMPLETE_MARKER).exists():
-            found.append((int(number), folder))
+            found[step] = folder
         else:
             logger.warning(f"{folder} was not written to its end and is passed over.")
-    return max(found)[1] if found else None
+    return found[max(found)] if found else None
+
+
+def _checkpoints(output_dir: Path) -> dict[int, Path]:
+    named = {one: one.name.rsplit("-", 1)[-1] for one in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return {int(number): folder for folder, number in named.items() if number.isdigit() and folder.is_dir()}
 
 
 def flush_folder(folder: Path) -> None:
@@ -54,12 +65,48 @@ def flush_folder(folder: Path) -> None:
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
+        elif file.is_dir():
+            fsync_directory(file)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder under another name, so that a kill in the middle leaves no half of it that looks whole."""
+    for left in folder.parent.glob(f"{_REMOVED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_name(f"{_REMOVED}{folder.name}")), ignore_errors=True)
+
+
+def remove_old_checkpoints(output_dir: Path, newest: Path, *, limit: int | None, best: str | None) -> None:
+    """Delete checkpoints until so many are left: first those not written to their end, then the oldest.
+
+    Args:
+        output_dir: The run's folder.
+        newest: The one just completed, which stays.
+        limit: How many may be left; None or 0 for all.
+        best: Another that stays.
+    """
+    if not limit or limit < 0:
+        return
+    found = list(_checkpoints(output_dir).values())
+    kept = {newest.resolve(), *([] if best is None else [Path(best).resolve()])}
+    others = [one for one in found if one.resolve() not in kept]
+    # Not by step: a run that starts again in the folder of an earlier one has lower steps, and is the newer.
+    others.sort(key=lambda one: ((one / COMPLETE_MARKER).exists(), one.stat().st_mtime))
+    for folder in others[: max(0, len(found) - limit)]:
+        remove_folder(folder)
 
 
 class CheckpointingTrainer(Trainer):
     """A Trainer whose checkpoints carry extra state and are known to be complete."""
 
     _adapter_checked = False
+    _unlogged: dict[str, Any] | None = None
+
+    @cached_property
+    def step_log(self) -> StepLog:
+        """What is observed step by step, until it is logged."""
+        return StepLog()
 
     def save_extra_state(self, folder: Path) -> None:
         """Write what a subclass needs beside the model into a checkpoint folder; called in every process."""
@@ -81,6 +128,7 @@ class CheckpointingTrainer(Trainer):
                 models where adapters are to be written, or the other way round.
         """
         self._check_adapter()
+        self._unlogged = None
         if str(resume_from_checkpoint).lower() == "true":
             newest = newest_complete_checkpoint(Path(str(self.args.output_dir)))
             if newest is None:
@@ -91,6 +139,12 @@ class CheckpointingTrainer(Trainer):
             resume_from_checkpoint = str(newest)
         with naming_failures(lambda: f"training after step {self.state.global_step}"):
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def _check_adapter(self) -> None:
         """Find out before the work what would make the checkpoints useless."""
@@ -127,16 +181,30 @@ class CheckpointingTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         self.save_extra_state(folder)
+        self._save_unlogged(folder)
         # Other processes write their random states by themselves.
         barrier()
         if not self.args.should_save:
             return
         flush_folder(folder)
         write_json(folder / COMPLETE_MARKER, {"global_step": self.state.global_step})
-        rotate_checkpoints(
-            output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )  # fmt: skip
+        # Its own name must have reached the disk before an older one loses its.
+        fsync_directory(folder.parent)
+        remove_old_checkpoints(folder.parent, folder, limit=limit, best=self.state.best_model_checkpoint)
+
+    def _save_unlogged(self, folder: Path) -> None:
+        losses = all_gather_object(str(float(self._tr_loss)))  # text, for JSON has no NaN
+        if is_main():
+            state = {"last_logged": self._globalstep_last_logged, "losses": losses, "observed": self.step_log.state()}
+            write_json(folder / UNLOGGED_FILE, state)
+
+    def take_up_log(self) -> None:
+        """Go on with what the run that is resumed had seen and not logged; called before the first step."""
+        if self._unlogged is None:
+            return
+        self._tr_loss += float(self._unlogged["losses"][rank()])
+        self._globalstep_last_logged = int(self._unlogged["last_logged"])
+        self.step_log.load_state(self._unlogged["observed"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -157,3 +225,6 @@ class CheckpointingTrainer(Trainer):
             load_adapter_extras(folder, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_extra_state(folder)
+        # Checkpoints of earlier versions have none, and one of another number of processes none for each.
+        unlogged = read_json(folder / UNLOGGED_FILE) if (folder / UNLOGGED_FILE).exists() else None
+        self._unlogged = unlogged if unlogged is not None and len(unlogged["losses"]) == world_size() else None

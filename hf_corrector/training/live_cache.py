@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from hf_corrector._distributed import broadcast_object, broadcast_tensors, is_main, on_main, world_size
+from hf_corrector._distributed import is_main, on_main, world_size
 from hf_corrector._files import atomic_write, read_json, write_json
 from hf_corrector.cache.side_store import open_side, save_dense, save_side, side_details, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
@@ -25,12 +24,14 @@ from hf_corrector.data.tokens import TokenStore
 from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CacheMismatchError, CheckpointError
 from hf_corrector.index.faiss import FaissIndex
-from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.records import FittedTargets
 from hf_corrector.scans import BlockScan, PooledScan, ScanPlan, ShortlistScan, TargetScan, stale_index
 from hf_corrector.side_features import DenseSide, SideFeatures, TokenCounts, mean_word_embeddings
+from hf_corrector.training.ages import Ages
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.checkpointing import remove_folder
+from hf_corrector.training.corrector_exchange import send_corrector
 from hf_corrector.training.corrector_fit import CorrectorFitting
 from hf_corrector.training.corrector_trainer import OnlineCorrector, OnlineTargets
 from hf_corrector.training.drift_watch import DriftWatch
@@ -88,6 +89,7 @@ class LiveCache:
         self._scan: TargetScan | None = None
         self._scanned: CorrectedTargets | None = None
         self._index: FaissIndex | None = None
+        self._ages = Ages(len(cache))
         corrector = self._model.corrector
         if corrector is not None and self._args.uses_corrector:
             side = side_of(cache, self._model, self._args)
@@ -114,6 +116,7 @@ class LiveCache:
             return None
         if self._scan is None or self._scanned is not targets:
             self._scan, self._scanned = self._new_scan(targets, plan), targets
+            self._ages.note_scan(plan)
         return self._scan
 
     def _new_scan(self, targets: CorrectedTargets, plan: ScanPlan) -> TargetScan:
@@ -172,6 +175,7 @@ class LiveCache:
                 self._change(self.online.update, step)
         if self._scan is not None:
             self._scan.advance()
+            self._ages.advance()
 
     def _change(self, fit: Callable[..., bool], *about: int) -> None:
         """Let the main process fit the corrector, and all others take it over."""
@@ -180,8 +184,10 @@ class LiveCache:
         corrector = self.online.corrector
         changed = on_main("fitting the corrector", lambda: fit(*about))
         if changed:
+            if is_main():
+                self._ages.note_fit(self.online)
             if world_size() > 1:
-                _send(corrector)
+                send_corrector(corrector)
             self.corrected.invalidate()
             if self._scan is not None and self._scanned is self.corrected:
                 self._scan.invalidate()
@@ -190,6 +196,15 @@ class LiveCache:
         """Fit the corrector now, without waiting for its turn."""
         if self.online is not None:
             self._change(self.online.refit)
+
+    def ages(self, steps: int) -> dict[str, float]:
+        """Return how old the corrector's pairs and an amortised scan's rows are after so many steps, as logged."""
+        scanned = isinstance(self._scan, BlockScan) and self._scan.kept
+        found = {
+            "pair_age": None if self.online is None else self._ages.of_pairs(self.online, steps),
+            "snapshot_age": self._ages.of_snapshot() if scanned else None,
+        }
+        return {name: age for name, age in found.items() if age is not None}
 
     def finish_corrector(self) -> None:
         """Fit the corrector once more when training ends."""
@@ -212,7 +227,7 @@ class LiveCache:
         except CacheMismatchError:
             # Left by an earlier run of this folder that went another way after the checkpoint this one resumed from.
             logger.warning(f"{path} holds vectors of other weights; it is made anew.")
-            shutil.rmtree(path)
+            on_main("removing a cache of other weights", lambda: remove_folder(path))
             built = build_cache(self._model, targets, path, tokens=tokens, options=options, generation=generation)
         side = self._args.corrector_side
         if self.online is not None and side is not None:
@@ -243,7 +258,7 @@ class LiveCache:
             named |= {_cache_path(state.parent, entry).resolve() for entry in read_json(state)["caches"]}
         for folder in out.glob("cache-[0-9][0-9][0-9][0-9]"):
             if folder.resolve() not in named:
-                shutil.rmtree(folder)
+                remove_folder(folder)
 
     def note_fitted(self, folder: Path) -> None:
         """Write beside a saved corrector what it was fitted to, if one is trained."""
@@ -261,9 +276,10 @@ class LiveCache:
         if self._scan is not None:
             # A resumed run corrects all targets anew, so this one does too.
             self._scan.renew()
+            self._ages.renew()
         if not is_main():
             return
-        tensors = {} if self.online is None else self.online.state()
+        tensors = {} if self.online is None else {**self.online.state(), **self._ages.state()}
         tensors |= {} if self.watch is None else self.watch.state()
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         atomic_write(folder / STATE_TENSORS, lambda path: save_file(contiguous, path))
@@ -301,20 +317,10 @@ class LiveCache:
         tensors = load_file(folder / STATE_TENSORS)
         if live.online is not None:
             live.online.load_state(tensors)
+            live._ages.load_state(tensors)
         if live.watch is not None:
             live.watch.load_state(tensors)
         return live
-
-
-def _send(corrector: CorrectorModel) -> None:
-    """Give the main process's corrector to all others."""
-    corrector.config.fit_summary = broadcast_object(corrector.config.fit_summary)
-    # How large some of its parts are (landmarks, tokens with a displacement) is decided by the fit.
-    shapes = broadcast_object({name: tuple(one.shape) for name, one in corrector.state_dict().items()})
-    if not is_main():
-        own = corrector.state_dict()
-        corrector.load_state_dict({name: own[name].new_zeros(shape) for name, shape in shapes.items()})
-    broadcast_tensors(list(corrector.state_dict().values()))
 
 
 def _cache_path(folder: Path, entry: dict[str, str]) -> Path:

@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 class StepLog:
-    """Collect numbers step by step and give their means at logging time."""
+    """Collect numbers step by step, and give them as one flat dictionary at logging time.
+
+    A run logs with every loss, as means over the steps since the last time:
+
+    ``cosine_stale_fresh``, ``cosine_corrected_fresh``
+        of targets that were encoded, to their cached and their corrected vectors.
+    ``residual_uniform``
+        mean squared distance of uniformly drawn targets to their vectors as training sees them, before the corrector
+        has seen them.
+    ``sampling_tv``
+        estimated total variation between what negatives are drawn from and the exact softmax.
+    ``drift_error``, ``drift_error_high``, ``drift_evidence``, ``drift_alarms``
+        of the drift alarm, where there is one; the last is 1 if it was raised.
+
+    as shares of the time of these steps:
+
+    ``share_sampling``, ``share_corrector``, ``share_refresh``
+        choosing targets; fitting the corrector and looking through it; encoding the cache anew, which comes on top of
+        the steps, so that it may exceed 1.
+
+    and as they are now:
+
+    ``passes_query``, ``passes_train_target``, ``passes_initial_target``, ``passes_refresh_target``, …
+        texts the encoder has encoded so far, by purpose.
+    ``pair_age``
+        mean number of steps since the pairs were encoded that the corrector was last fitted on.
+    ``snapshot_age``
+        mean number of steps since the rows of an amortised scan were corrected.
+
+    What does not exist in a run is not logged. Only the main process logs.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
+        self._latest: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self.total_seconds: dict[str, float] = {}
 
@@ -19,6 +51,10 @@ class StepLog:
         """Add ``count`` observations whose mean is ``value``."""
         total, seen = self._sums.get(name, (0.0, 0))
         self._sums[name] = (total + value * count, seen + count)
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Set numbers that are logged next as they are, the latest of each name."""
+        self._latest.update(values)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -33,9 +69,19 @@ class StepLog:
 
     def drain(self) -> dict[str, float]:
         """Return the means, and each phase's share of the phase ``step``, since the last call; then forget them."""
-        means = {name: total / seen for name, (total, seen) in self._sums.items() if seen}
+        logged = {name: total / seen for name, (total, seen) in self._sums.items() if seen}
         step = self._seconds.get("step", 0.0)
         if step > 0:
-            means.update({f"share_{name}": spent / step for name, spent in self._seconds.items() if name != "step"})
-        self._sums, self._seconds = {}, {}
-        return means
+            logged |= {f"share_{name}": spent / step for name, spent in self._seconds.items() if name != "step"}
+        logged |= self._latest
+        self._sums, self._latest, self._seconds = {}, {}, {}
+        return logged
+
+    def state(self) -> dict[str, Any]:
+        """Return what was observed and not logged yet, as JSON; times are those of one process and stay with it."""
+        # As text, for JSON has no NaN.
+        return {name: [str(total), seen] for name, (total, seen) in self._sums.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with what :meth:`state` returned."""
+        self._sums = {name: (float(total), int(seen)) for name, (total, seen) in state.items()}
