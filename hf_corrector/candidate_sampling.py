@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from hf_corrector.sampling import (
 from hf_corrector.scans import TargetScan
 
 SAMPLED_NEGATIVES = ("softmax", "top_k", "uniform")
+_ROUNDING = 2.0**-20
+_MOST_PROPOSALS = 256  # uniform targets looked at for each one that does not score too high
 
 
 @dataclass(frozen=True)
@@ -86,32 +88,73 @@ def sample_candidates(
         queries: Query embeddings, ``(batch, dim)``.
         plan: How to choose.
         positives: The positive of each query, which the filter compares with, ``(batch,)`` int64.
-        excluded: Known positives, never returned.
+        excluded: Known positives, never returned; the filter compares with them too.
         keys: What the draws are keyed by.
     """
     queries = queries.detach().float().to(scan.device)
-    k, log_normalizer = plan.num_negatives, None
+    k, draws = plan.num_negatives, None
     excluded = _below_ceiling(scan, queries, plan.negative_filter, positives=positives, excluded=excluded, keys=keys)
     hard = torch.full((len(queries), 0), -1, dtype=torch.int64)
     if plan.negatives == "softmax":
         draws = scan.draw(queries, k, scale=plan.scale, excluded=excluded, keys=keys)
-        hard, log_normalizer = draws.ids.cpu(), draws.log_normalizer
+        hard = draws.ids.cpu()
     elif plan.negatives == "top_k":
         hard = scan.top(queries, k, excluded=excluded, keys=keys).ids.cpu()
-    uniform = draw_uniform(len(scan), 2 * k, excluded=excluded, keys=keys)
-    if excluded.ceiling is not None:
-        too_good = scan.score(queries, torch.from_numpy(uniform.clip(0))) > excluded.ceiling[:, None]
-        uniform[too_good.cpu().numpy()] = -1
+    uniform = _draw_uniform_below(scan, queries, 2 * k, excluded=excluded, keys=keys)
     ids, is_uniform = _mix(hard.numpy(), uniform, plan, keys)
     scores = scan.score(queries, ids.clamp(min=0))
-    candidates = _candidates(ids, is_uniform, scores, plan, num_targets=len(scan), excluded=excluded)
-    log_proposal = candidates.log_proposal
-    if log_normalizer is not None:
-        chance = torch.exp(plan.scale * scores.double() - log_normalizer[:, None])
-        rate = torch.exp(_log_uniform_rate(plan, len(scan), excluded).to(chance.device))
-        log_proposal = torch.log(plan.hard_share * chance + rate[:, None]).clamp(min=-80.0).float()
-    found = Candidates(candidates.ids, scores, log_proposal, candidates.mask, candidates.uniform)
-    return Sampled(found, log_normalizer, excluded)
+    if draws is None:
+        found = _candidates(ids, is_uniform, scores, plan, num_targets=len(scan), excluded=excluded)
+        return Sampled(found, None, excluded)
+    # Drawn ones with the score they were drawn by, which may be rounded or a few steps old.
+    drawn = (~is_uniform & (ids >= 0)).to(scores.device)
+    scores = torch.where(drawn, draws.scores[:, : ids.shape[1]], scores)
+    found = _candidates(ids, is_uniform, scores, plan, num_targets=len(scan), excluded=excluded)
+    rate = torch.exp(_log_uniform_rate(plan, len(scan), excluded).to(scores.device))
+    expected = plan.hard_share * _chances(scores, draws.log_normalizer, plan.scale) + rate[:, None]
+    log_proposal = torch.log(expected).clamp(min=-80.0).float()
+    return Sampled(replace(found, log_proposal=log_proposal), draws.log_normalizer, excluded)
+
+
+def _chances(scores: torch.Tensor, log_normalizer: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the probability of targets in a softmax, ``(batch, k)`` float64; 0 in one without any target."""
+    missing = (log_normalizer == -torch.inf)[:, None]
+    # A softmax that is known from a sample may be normalised by less than one of its targets outside the sample.
+    return torch.exp(scale * scores.double() - log_normalizer[:, None]).clamp(max=1.0).masked_fill(missing, 0.0)
+
+
+def _draw_uniform_below(
+    scan: TargetScan, queries: torch.Tensor, count: int, *, excluded: ExcludedRows, keys: DrawKeys
+) -> IntArray:
+    """Draw distinct targets uniformly among those that do not score too high, ``(batch, count)``, −1 for none."""
+    if excluded.ceiling is None:
+        return draw_uniform(len(scan), count, excluded=excluded, keys=keys)
+    # Scores of single targets are summed in another order than those of blocks, which a ceiling may come from.
+    ceiling = excluded.ceiling - _ROUNDING * excluded.ceiling.abs().nan_to_num(posinf=0.0)
+    drawn = np.full((len(queries), count), -1, dtype=np.int64)
+    left, size = np.arange(len(queries)), count
+    while len(left) and size <= _MOST_PROPOSALS * count:
+        # Each query draws more until half as many remain as were asked for, whatever others do.
+        some = ExcludedRows([excluded.per_query[row] for row in left])
+        found = draw_uniform(len(scan), size, excluded=some, keys=keys.of(left))
+        rows, there = torch.from_numpy(left).to(queries.device), found >= 0
+        scores = scan.score(queries[rows], torch.from_numpy(np.where(there, found, _any_row(found))))
+        found[(scores > ceiling[rows, None]).cpu().numpy()] = -1
+        drawn[left] = _first_found(found, count)
+        few = (drawn[left] >= 0).sum(axis=1) < (count + 1) // 2
+        left, size = left[few & there.all(axis=1)], 4 * size
+    return drawn
+
+
+def _any_row(found: IntArray) -> int:
+    """Return a row that is scored anyway, for places without one."""
+    return max(int(found.max(initial=0)), 0)
+
+
+def _first_found(ids: IntArray, count: int) -> IntArray:
+    """Return the first ``count`` of each query's targets that are some, −1 behind them."""
+    order = np.argsort(ids < 0, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(ids, order, axis=1)
 
 
 def sample_uniformly(num_targets: int, plan: SamplingPlan, *, excluded: ExcludedRows, keys: DrawKeys) -> Candidates:
@@ -127,13 +170,26 @@ def _below_ceiling(
 ) -> ExcludedRows:  # fmt: skip
     """Add to what is excluded the targets that score too high."""
     if wanted.by_score:
-        scores = scan.score(queries, positives.cpu()[:, None])[:, 0] if wanted.reads_positives else queries[:, 0]
+        scores = _lowest_positive(scan, queries, positives, excluded) if wanted.reads_positives else queries[:, 0]
         excluded = excluded.below(wanted.ceiling(scores.float()))
     if wanted.range_min:
-        skipped = scan.skip_highest(queries, wanted.range_min, excluded=ExcludedRows(excluded.per_query), keys=keys)
-        limit = skipped if excluded.ceiling is None else torch.minimum(skipped, excluded.ceiling.to(skipped.device))
+        # Counted among what is left by the ceiling, as sentence-transformers does.
+        skipped = scan.skip_highest(queries, wanted.range_min, excluded=excluded, keys=keys).to(queries.device)
+        limit = skipped if excluded.ceiling is None else torch.minimum(skipped, excluded.ceiling)
         excluded = excluded.below(limit)
     return excluded
+
+
+def _lowest_positive(
+    scan: TargetScan, queries: torch.Tensor, positives: torch.Tensor, excluded: ExcludedRows
+) -> torch.Tensor:
+    """Return the score of each query's lowest-scoring positive, the one trained on included, ``(batch,)``."""
+    own = positives.cpu().numpy()
+    known = [np.union1d(rows, one) for rows, one in zip(excluded.per_query, own, strict=True)]
+    rows = np.repeat(own[:, None], max((len(one) for one in known), default=1), axis=1)
+    for number, one in enumerate(known):
+        rows[number, : len(one)] = one
+    return scan.score(queries, torch.from_numpy(rows)).amin(dim=1)
 
 
 def _mix(

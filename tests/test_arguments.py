@@ -6,9 +6,12 @@ from transformers import HfArgumentParser
 
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.configuration_corrector import ACTIVATIONS, KINDS
+from hf_corrector.sampling import NegativeFilter
 from hf_corrector.training.arguments import (
     CACHE_DTYPES,
     NEGATIVES,
+    SCAN_DTYPES,
+    SCANS,
     STALENESS,
     WARMUP_NEGATIVES,
     DualEncoderTrainingArguments,
@@ -33,7 +36,8 @@ def test_defaults_are_a_corrected_softmax_run(tmp_path: Path) -> None:
     ("name", "values"),
     [
         ("negatives", NEGATIVES), ("corrector_kind", KINDS), ("corrector_activation", ACTIVATIONS),
-        ("warmup_negatives", WARMUP_NEGATIVES), ("cache_dtype", CACHE_DTYPES),
+        ("warmup_negatives", WARMUP_NEGATIVES), ("cache_dtype", CACHE_DTYPES), ("scan", SCANS),
+        ("scan_dtype", SCAN_DTYPES),
     ],
 )  # fmt: skip
 def test_every_choice_is_accepted_and_anything_else_is_named(
@@ -60,7 +64,10 @@ def test_every_kind_of_staleness_is_accepted(staleness: str, tmp_path: Path) -> 
         ("corrector_warmup_steps", -1), ("token_budget", 0), ("uniform_fraction", -0.1), ("uniform_fraction", 1.1),
         ("uniform_fraction", float("nan")), ("corrector_learning_rate", -1e-3),
         ("corrector_learning_rate", float("nan")), ("corrector_hidden_dim", 0),
-        ("refresh_steps", "often"), ("remove_unused_columns", True), ("push_to_hub", True),
+        ("relative_margin", 1.1), ("range_min", -1), ("given_negatives", -1), ("distillation_weight", -0.5),
+        ("distillation_temperature", 0.0), ("mini_batch_size", 0), ("rerank_candidates", 0), ("scan_budget", 1.5),
+        ("scan_refresh_steps", 0), ("scan_pool", 0), ("scan_shortlist", 0), ("scan_memory_gb", -1.0),
+        ("scan_dtype", "float16"), ("refresh_steps", "often"), ("remove_unused_columns", True), ("push_to_hub", True),
         ("per_device_train_batch_size", 0), ("learning_rate", -1.0),
     ],
 )  # fmt: skip
@@ -79,6 +86,13 @@ def test_each_value_out_of_range_is_named(name: str, value: Any, tmp_path: Path)
         ({"corrector_kind": "residual_mlp", "corrector_fit": "closed_form"}, "corrector_fit"),
         ({"corrector_kind": "affine", "corrector_fit": "gradient"}, "corrector_fit"),
         ({"corrector_kind": "mean_shift", "corrector_fit": "gradient"}, "corrector_fit"),
+        ({"staleness": "rerank", "refresh_steps": "10"}, "refresh_steps"),
+        ({"staleness": "rerank", "negatives": "uniform"}, "staleness"),
+        ({"staleness": "rerank", "num_negatives": 9, "rerank_candidates": 8}, "rerank_candidates"),
+        ({"train_targets": False}, "staleness"),
+        ({"train_targets": False, "staleness": "rerank"}, "staleness"),
+        ({"absolute_margin": 0.1, "negatives": "uniform"}, "absolute_margin, relative_margin, max_score, range_min"),
+        ({"range_min": 3, "negatives": "in_batch"}, "absolute_margin, relative_margin, max_score, range_min"),
         ({"sampling_correction": True}, "sampling_correction"),
         ({"sampling_correction": True, "share_negatives": False, "negatives": "top_k"}, "sampling_correction"),
         ({"sampling_correction": True, "share_negatives": False, "negatives": "in_batch"}, "sampling_correction"),
@@ -93,6 +107,10 @@ def test_each_contradiction_is_named(changes: dict[str, Any], named: str, tmp_pa
     "changes",
     [
         {"staleness": "corrector", "refresh_steps": "0-100:50"},
+        {"staleness": "rerank", "rerank_candidates": 8, "num_negatives": 8},
+        {"train_targets": False, "staleness": "ignore", "negatives": "in_batch"},
+        {"absolute_margin": 0.05, "relative_margin": 0.1, "max_score": 0.9, "range_min": 5, "negatives": "top_k"},
+        {"scan": "pooled", "scan_pool": 100, "scan_dtype": "bfloat16", "scan_memory_gb": 0.0},
         {"sampling_correction": True, "share_negatives": False},
         {"sampling_correction": True, "share_negatives": False, "negatives": "uniform"},
         {"corrector_kind": "residual_mlp", "corrector_fit": "gradient"},
@@ -156,3 +174,13 @@ def test_arguments_survive_their_own_dictionary(tmp_path: Path) -> None:
         if name in ("output_dir", "negatives", "corrector_kind", "corrector_fit", "refresh_steps", "cache_dtype")
     })  # fmt: skip
     assert (again.negatives, again.corrector_fit) == ("top_k", "gradient")
+
+
+def test_filter_of_negatives_is_what_the_arguments_say(tmp_path: Path) -> None:
+    args = arguments(tmp_path, absolute_margin=0.1, relative_margin=0.2, max_score=0.8, range_min=5)
+    assert args.negative_filter == NegativeFilter(0.1, 0.2, 0.8, 5)
+    assert arguments(tmp_path).negative_filter == NegativeFilter()
+
+
+def test_frozen_targets_are_read_from_a_cache(tmp_path: Path) -> None:
+    assert arguments(tmp_path, train_targets=False, staleness="ignore", negatives="uniform").needs_cache

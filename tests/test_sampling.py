@@ -116,7 +116,11 @@ def test_single_draws_follow_the_softmax() -> None:
 def test_scale_sharpens_the_distribution_and_scores_come_back_unscaled() -> None:
     scores = torch.linspace(0, 1, 8)
     draws = draw_softmax(
-        ScoredTargets(same_scores(scores, 20_000), 8), 1, scale=3.0, excluded=nothing_excluded(20_000), keys=keys_of(20_000)
+        ScoredTargets(same_scores(scores, 20_000), 8),
+        1,
+        scale=3.0,
+        excluded=nothing_excluded(20_000),
+        keys=keys_of(20_000),
     )
     assert frequencies_fit(draws.ids[:, 0], (3 * scores).softmax(dim=0))
     assert torch.allclose(draws.scores, scores[draws.ids], atol=1e-6)
@@ -227,7 +231,9 @@ def test_no_target_is_drawn_twice_for_a_query() -> None:
 
 def test_queries_that_run_out_of_targets_get_masked_places() -> None:
     excluded = ExcludedRows([[0, 1], [], [0, 1, 2, 3, 4]])
-    draws = draw_softmax(ScoredTargets(same_scores(torch.zeros(5), 3), 5), 6, scale=1.0, excluded=excluded, keys=keys_of(3))
+    draws = draw_softmax(
+        ScoredTargets(same_scores(torch.zeros(5), 3), 5), 6, scale=1.0, excluded=excluded, keys=keys_of(3)
+    )
     assert sorted(draws.ids[0, :3].tolist()) == [2, 3, 4]
     assert sorted(draws.ids[1, :5].tolist()) == [0, 1, 2, 3, 4]
     assert draws.ids[0, 3:].tolist() == [-1, -1, -1]

@@ -12,10 +12,12 @@ from hf_corrector.data.tokens import TokenStore
 from hf_corrector.encoding import EncodeOptions, build_cache, tokenize_texts
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel, SampledTargets
 from hf_corrector.records import EncoderFingerprint
+from hf_corrector.scans import ScanPlan
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.live_cache import LiveCache
-from hf_corrector.training.target_choice import TargetChooser
+from hf_corrector.training.target_choice import Judgements, TargetChooser
 
+WARMUP = 2
 POSITIVES = [{0: 1.0}, {1: 1.0, 5: 0.5}, {2: 1.0}, {0: 1.0, 3: 1.0}]
 BATCH = {"query_rows": torch.tensor([2, 1, 3]), "positive_rows": torch.tensor([2, 5, 0])}
 
@@ -42,8 +44,14 @@ def choose(
     live: LiveCache | None,
     step: int = 0,
 ) -> tuple[ContrastSet, SampledTargets]:
-    chooser = TargetChooser(model, args, tokens, positives=POSITIVES)
-    return chooser.choose(model.encode_query(TEXTS[:3]), BATCH, live=live, step=step)
+    judgements = Judgements(
+        POSITIVES, negatives=[[7, 8], [0], [9, 0], [8, 3, 7]], teacher=[{}, {5: 2.0, 9: 1.0}, {}, {}]
+    )
+    scan = None if live is None else live.scan(ScanPlan(), warming_up=args.uses_corrector and step < WARMUP)
+    choice = TargetChooser(model, args, tokens, judgements=judgements).choose(
+        model.encode_query(TEXTS[:3]), BATCH, scan=scan, step=step
+    )
+    return choice.contrast, choice.part
 
 
 def test_in_batch_negatives_encode_nothing_more(
@@ -97,39 +105,36 @@ def test_each_step_draws_anew_and_the_same_when_repeated(
 def test_corrector_is_used_only_after_the_warm_up(
     tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
 ) -> None:
-    settings = {"negatives": "top_k", "num_negatives": 3, "uniform_fraction": 0.0, "corrector_warmup_steps": 2}
-    args = arguments(tmp_path, **settings)
+    args = arguments(tmp_path, negatives="top_k", num_negatives=3, uniform_fraction=0.0)
     tiny_model.corrector = CorrectorModel(CorrectorConfig(kind="affine", input_dim=HIDDEN))
     live = live_cache(tiny_model, args, tmp_path / "cache")
     # A corrector that turns every vector around chooses what lies furthest away.
     tiny_model.corrector.weight.copy_(-2 * torch.eye(HIDDEN))
-    live.corrected.invalidate()
     rows = [set(choose(tiny_model, args, tokens, live, step)[0].rows.tolist()) for step in (0, 1, 2, 3)]
     assert rows[0] == rows[1] != rows[2] == rows[3]
 
 
-@pytest.mark.parametrize("warmup", ["stale", "uniform"])
-def test_warm_up_may_be_uniform(warmup: str, tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path) -> None:
-    args = arguments(tmp_path, num_negatives=3, uniform_fraction=0.0, warmup_negatives=warmup, corrector_warmup_steps=1)
+def test_scan_is_kept_until_the_corrector_comes_into_use(tiny_model: DualEncoderModel, tmp_path: Path) -> None:
+    args = arguments(tmp_path)
     tiny_model.corrector = CorrectorModel(CorrectorConfig(kind="affine", input_dim=HIDDEN))
     live = live_cache(tiny_model, args, tmp_path / "cache")
-    warm, _ = choose(tiny_model, args, tokens, live, 0)
-    later, _ = choose(tiny_model, args, tokens, live, 1)
-    assert bool(warm.uniform[3:].all()) is (warmup == "uniform")
-    assert not later.uniform.any()
+    warm, again, later = (live.scan(ScanPlan(), warming_up=step < 2) for step in range(3))
+    assert warm is again is not later
+    assert live.scan(ScanPlan(), warming_up=False) is later
 
 
 def test_cache_of_another_size_is_not_looked_at_before_the_corrector_is_used(
     tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
 ) -> None:
-    args = arguments(tmp_path, num_negatives=3, uniform_fraction=0.0, corrector_warmup_steps=1)
+    args = arguments(tmp_path, num_negatives=3, uniform_fraction=0.0)
     tiny_model.corrector = CorrectorModel(CorrectorConfig(kind="affine", input_dim=5, output_dim=HIDDEN))
     older = EncoderFingerprint.of_precomputed("older", normalize=False)
     ids = [str(row) for row in range(len(TEXTS))]
     cache = TargetCache.from_arrays(tmp_path / "older", torch.randn(len(TEXTS), 5), ids, fingerprint=older)
     live = LiveCache(cache, tiny_model, args)
+    assert live.scan(ScanPlan(), warming_up=True) is None
     warm, _ = choose(tiny_model, args, tokens, live, 0)
-    later, _ = choose(tiny_model, args, tokens, live, 1)
+    later, _ = choose(tiny_model, args, tokens, live, WARMUP)
     assert warm.uniform[3:].all()
     assert len(warm.rows) > 3
     assert not later.uniform.any()
@@ -145,3 +150,53 @@ def test_log_proposal_is_handed_on_only_where_it_is_to_be_subtracted(
         contrast, sampled = choose(tiny_model, args, tokens, live_cache(tiny_model, args, tmp_path / "cache"))
         assert (sampled.log_proposal is not None) is wanted
         assert (contrast.log_proposal[:, 3:] != 0).any()
+
+
+def test_given_negatives_are_columns_of_their_query_unless_they_are_its_positives(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, negatives="in_batch", staleness="ignore", given_negatives=2, share_negatives=False)
+    contrast, part = choose(tiny_model, args, tokens, None)
+    seen = [set(contrast.rows[allowed].tolist()) for allowed in contrast.allowed]
+    # Queries 2, 1 and 3 are trained on targets 2, 5 and 0; target 3 is known to be right for the last.
+    assert seen == [{2, 9, 0}, {5, 0}, {0, 8}]
+    assert part.tokens is not None
+    assert contrast.rows.tolist() == [2, 5, 0, 3, 8, 9]
+
+
+def test_several_positives_share_the_label_by_their_grades(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, negatives="in_batch", staleness="ignore", several_positives=True)
+    contrast, part = choose(tiny_model, args, tokens, None)
+    assert contrast.rows.tolist() == [2, 5, 0, 1, 3]
+    expected = torch.tensor([[1.0, 0, 0, 0, 0], [0, 1 / 3, 0, 2 / 3, 0], [0, 0, 0.5, 0, 0.5]])
+    assert part.label_weights is not None
+    assert torch.allclose(part.label_weights, expected)
+
+
+def test_teacher_scores_stand_where_the_teacher_said_something(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    args = arguments(
+        tmp_path, negatives="in_batch", staleness="ignore", given_negatives=1, distillation_weight=1.0
+    )  # fmt: skip
+    contrast, part = choose(tiny_model, args, tokens, None)
+    assert contrast.rows.tolist() == [2, 5, 0, 8, 9]
+    assert part.teacher_scores is not None
+    assert part.teacher_scores[1].nan_to_num(-1).tolist() == [-1, 2, -1, -1, 1]
+    assert part.teacher_scores[[0, 2]].isnan().all()
+
+
+def test_targets_that_are_not_encoded_come_as_vectors(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, negatives="uniform", staleness="ignore", train_targets=False, num_negatives=2)
+    vectors = torch.randn(len(TEXTS), HIDDEN)
+    chooser = TargetChooser(tiny_model, args, tokens, judgements=Judgements(POSITIVES, [[]] * 4, [{}] * 4))
+    choice = chooser.choose(
+        tiny_model.encode_query(TEXTS[:3]), BATCH, scan=None, step=0, cached=lambda rows: vectors[rows]
+    )
+    assert choice.part.tokens is None
+    assert choice.part.vectors is not None
+    assert torch.equal(choice.part.vectors, vectors[choice.contrast.rows])

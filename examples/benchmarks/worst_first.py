@@ -18,13 +18,12 @@ and over resamples for the score error.
 from __future__ import annotations
 
 import argparse
-import copy
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import print_head
 from drifts import Drift, load_drift
+from planner_cells import start
 
 from hf_corrector.index.base import TensorVectors
 from hf_corrector.index.exact import ExactIndex
@@ -43,10 +42,7 @@ def main() -> None:
     flags.add_argument("--family", default="affine")
     flags.add_argument("--resamples", type=int, default=10)
     arguments = flags.parse_args()
-    torch.set_num_threads(1)
-    shown = copy.copy(arguments)
-    shown.drifts = [folder.name for folder in arguments.drifts]
-    print_head("part re-embedding: worst first against uniform", shown)
+    start("part re-embedding: worst first against uniform", arguments)
     for folder in arguments.drifts:
         compare(load_drift(folder), arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from hf_corrector.index_upgrade.corpus_sides import CorpusSide
 from hf_corrector.metrics import FloatArray
 from hf_corrector.models.configuration_corrector import KINDS, SAME_SIZE_KINDS
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.planning.forecasts import squared_draws
 from hf_corrector.planning.holding import holding_time
 from hf_corrector.planning.judged import CorrectedBy, JudgedQueries, measure_quality
 from hf_corrector.planning.plan import Goal, MeasuredQuality, Plan, plan
@@ -46,10 +48,10 @@ from hf_corrector.planning.probe import (
     probe_learning_curves,
     standard_families,
 )
+from hf_corrector.planning.rehearsal import rehearsed_exponent
 from hf_corrector.planning.worst_first import ResidualPredictor, cross_fitted_residuals, worst_first
 from hf_corrector.records import COSTS, RunRecord
 
-LEADS = "Forecasts of recovery are leads and often too sure of themselves: let 'hf-corrector upgrade' decide."
 EXAMPLES = """\
   hf-corrector plan --cache cache --model my-finetuned-encoder --data my_beir_folder --probe 500 --output_dir planned
   hf-corrector plan --cache cache --model out --old_model intfloat/e5-base-v2 --data my_beir_folder \\
@@ -102,7 +104,7 @@ def run(argv: list[str]) -> int:
     goal = _goal(arguments, targets=len(cache), measured=probed.seconds_per_pass)
     answer = plan(curves, probe=len(probed.rows), goal=goal, quality=quality,
                   seed=arguments.seed)  # fmt: skip
-    said = [answer.table(), "", answer.sentence(), LEADS]
+    said = [answer.table(), "", answer.sentence(), answer.caution()]
     if records:
         said.append(_words_on_holding(records, arguments.min_cosine, answer, curves[answer.family]))
     if arguments.worst_first:
@@ -192,10 +194,10 @@ def _probe(
 
 def _quality(
     arguments: argparse.Namespace, data: RetrievalData, cache: TargetCache, model: DualEncoderModel,
-    found: tuple[Probed, str, torch.Tensor],
+    probing: tuple[Probed, str, torch.Tensor],
 ) -> tuple[MeasuredQuality | None, int]:  # fmt: skip
     """Measure on judged queries what needs no more targets encoded; returns old queries encoded beside it."""
-    split, (probed, best, queries) = data.test if data.test is not None else data.dev, found
+    split, (probed, best, queries) = data.test if data.test is not None else data.dev, probing
     if split is None:
         return None, 0
     split = split.select(range(len(queries)))
@@ -211,12 +213,14 @@ def _quality(
     correct = probed.families[best](probe.stale, probe.fresh, probe.side)
     corrected = CorrectedBy(cache, correct, probe.fresh.shape[1], probed.side)
     judged = JudgedQueries(queries[clean], old_queries, [relevant[one] for one in clean.tolist()])
-    return measure_quality(best, judged, stale=cache, corrected=corrected), 0 if old_queries is None else len(split)
+    exponent = rehearsed_exponent(probe, judged, corrected=corrected, seed=arguments.seed)
+    found = dataclasses.replace(measure_quality(best, judged, stale=cache, corrected=corrected), exponent=exponent)
+    return found, 0 if old_queries is None else len(split)
 
 
 def _words_on_holding(records: list[RunRecord], floor: float, answer: Plan, curve: FamilyCurve) -> str:
     """Say for how long a corrector fitted as planned keeps above a floor if training goes on as in the records."""
-    cosine = 1.0 - curve.squared.forecast(answer.pairs).estimate / 2.0
+    cosine = 1.0 - float(np.median(squared_draws(curve, answer.pairs))) / 2.0
     start = max((int(entry.get("step", 0)) for record in records for entry in record.history), default=0)
     steps = holding_time(records, min_cosine=floor, fitted_at=start, fitted_cosine=cosine).steps
     return (

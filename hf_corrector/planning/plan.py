@@ -1,16 +1,13 @@
 """The answer: which family, how many pairs, what that recovers, or re-embed now, or keep the old model.
 
-Recovery of a ranking metric is forecast from the score error alone, which needs no judgements: with s the corrected
-score error as a share of the stale one, recovery is about 1 − m · s, m a little below 1. To first order errors of
-either sign cancel in a mean over queries, so what a metric loses goes with their variance. The log-normal m below was
-learned from MRR@10 of three drifts of one data set, and its spread doubled for what other data may do. Intervals of
-small s come out too narrow: what they hold is measured by ``examples/benchmarks/planner_coverage.py``.
+How recovery is forecast, and whose intervals were checked, is said in :mod:`hf_corrector.planning.forecasts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +15,16 @@ import numpy as np
 from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.learning_curves import DRAWS, LEVEL, Forecast
 from hf_corrector.metrics import FloatArray
+from hf_corrector.planning.forecasts import (
+    CHECKED_HORIZON,
+    caution,
+    is_checked,
+    recovery_draws,
+    score_draws,
+    squared_draws,
+)
 from hf_corrector.planning.probe import FamilyCurve
 
-# Mean and spread of log m, see above.
-RECOVERY_SHIFT, RECOVERY_SPREAD = -0.1, 0.16
-# Forecasts were checked up to so many times the probe.
-HORIZON = 10
 # Nothing below this recovery tells how good a fresh index would be.
 LEAST_RECOVERY = 0.05
 
@@ -85,12 +86,14 @@ class MeasuredQuality:
         old: Old queries on the old index, ``(queries,)``, or None.
         stale: New queries on the old index, ``(queries,)``.
         corrected: New queries on the corrected index, ``(queries,)``.
+        exponent: What was rehearsed there, see :func:`hf_corrector.planning.rehearsal.rehearsed_exponent`, or None.
     """
 
     family: str
     old: FloatArray | None
     stale: FloatArray
     corrected: FloatArray
+    exponent: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ class FamilyForecast:
         pairs: Numbers of pairs, ascending.
         recoveries: Recovery at each.
         squared_errors: Squared error at each.
+        score_errors: Score error at each, as a share of the stale vectors'.
         pairs_needed: Fewest pairs whose expected recovery is the goal's, or None.
+        checked: Whether such intervals were checked, see :func:`hf_corrector.planning.forecasts.is_checked`.
     """
 
     name: str
@@ -111,7 +116,9 @@ class FamilyForecast:
     pairs: tuple[int, ...]
     recoveries: tuple[Forecast, ...]
     squared_errors: tuple[Forecast, ...]
+    score_errors: tuple[Forecast, ...]
     pairs_needed: int | None
+    checked: bool
 
 
 @dataclass(frozen=True)
@@ -150,20 +157,25 @@ class Plan:
         return {**asdict(self), "quality": {name: asdict(one) for name, one in self.quality.items()}}
 
     def table(self) -> str:
-        """Return an aligned table for a terminal: recovery with interval by family and number of pairs."""
+        """Return an aligned table for a terminal: forecasts with intervals by family and number of pairs."""
         width = max(len("family"), *(len(one.name) for one in self.families))
-        lines = [f"{'family':<{width}}     pairs   expected recovery   squared error           needed"]
+        lines = [
+            f"{'family':<{width}}     pairs   expected recovery    score error left    squared error         needed"
+        ]
         for one in self.families:
             needed = "-" if one.pairs_needed is None else f"{one.pairs_needed:,}"
-            for place, (pairs, recovery, error) in enumerate(
-                zip(one.pairs, one.recoveries, one.squared_errors, strict=True)
+            for place, (pairs, *forecasts) in enumerate(
+                zip(one.pairs, one.recoveries, one.score_errors, one.squared_errors, strict=True)
             ):
                 name, last = (one.name, needed) if place == 0 else ("", "")
-                lines.append(
-                    f"{name:<{width}} {pairs:9,}   {_written(recovery):<17}   {_written(error):<19} {last:>8}".rstrip()
-                )
+                shown = "   ".join(f"{_written(forecast):<17}" for forecast in forecasts)
+                lines.append(f"{name:<{width}} {pairs:9,}   {shown} {last:>8}".rstrip())
         lines += [f"{name + ' quality':<{width}} {_written(one)}" for name, one in self.quality.items()]
         return "\n".join(lines)
+
+    def caution(self) -> str:
+        """Say which intervals were checked."""
+        return caution([one.name for one in self.families if one.checked], [one.name for one in self.families])
 
     def sentence(self) -> str:
         """Say in one sentence what to do and why."""
@@ -191,13 +203,6 @@ class Plan:
         )
 
 
-def recovery_draws(curve: FamilyCurve, pairs: int, *, seed: int = 0) -> FloatArray:
-    """Return equally likely recoveries of a ranking metric for a family fitted to ``pairs`` pairs, ``(draws,)``."""
-    noise = np.random.default_rng(seed).normal(RECOVERY_SHIFT, RECOVERY_SPREAD, DRAWS)
-    recoveries: FloatArray = 1.0 - np.exp(noise) * curve.scores.draws(pairs)
-    return recoveries
-
-
 def plan(
     curves: Mapping[str, FamilyCurve], *, probe: int, goal: Goal, quality: MeasuredQuality | None = None, seed: int = 0
 ) -> Plan:
@@ -223,15 +228,17 @@ def plan(
             "plan", expected="curves, among them that of the judged family", got=str(list(curves)),
             cure="Measure the probe with that family.",
         )  # fmt: skip
-    limit = max(probe, min(int(goal.max_share * goal.targets), HORIZON * probe, goal.max_pairs or goal.targets))
-    families = tuple(_forecast(curve, probe, limit, goal.min_recovery, seed) for curve in curves.values())
+    limit = max(probe, min(int(goal.max_share * goal.targets), CHECKED_HORIZON * probe, goal.max_pairs or goal.targets))
+    exponent = None if quality is None else quality.exponent
+    recovering = partial(recovery_draws, exponent=exponent, seed=seed)
+    families = tuple(_forecast(curve, probe, limit, goal.min_recovery, recovering) for curve in curves.values())
     best = min(families, key=_preference)
     pairs = limit if best.pairs_needed is None else best.pairs_needed
-    draws = recovery_draws(curves[best.name], pairs, seed=seed)
+    draws = recovering(curves[best.name], pairs)
     verdict = "re-embed" if best.pairs_needed is None else "correct"
     qualities: dict[str, Forecast] = {}
     if quality is not None:
-        qualities, old_wins = _qualities(quality, draws, recovery_draws(curves[quality.family], probe, seed=seed), seed)
+        qualities, old_wins = _qualities(quality, draws, recovering(curves[quality.family], probe), seed)
         if old_wins["fresh"] and (old_wins["corrected"] or verdict == "re-embed"):
             verdict = "keep the old model"
         elif verdict == "correct" and old_wins["corrected"]:
@@ -244,15 +251,23 @@ def plan(
     )  # fmt: skip
 
 
-def _forecast(curve: FamilyCurve, probe: int, limit: int, min_recovery: float, seed: int) -> FamilyForecast:
+def _forecast(
+    curve: FamilyCurve,
+    probe: int,
+    limit: int,
+    min_recovery: float,
+    recovering: Callable[[FamilyCurve, int], FloatArray],
+) -> FamilyForecast:
     grid = [probe]
     while grid[-1] < limit:
         grid.append(min(2 * grid[-1], limit))
-    needed = _fewest(lambda pairs: float(np.median(recovery_draws(curve, pairs, seed=seed))), min_recovery, grid)
+    needed = _fewest(lambda pairs: float(np.median(recovering(curve, pairs))), min_recovery, grid)
     return FamilyForecast(
         name=curve.name, cosine=float(curve.cosines[:, -1].mean()), pairs=tuple(grid),
-        recoveries=tuple(Forecast.of_draws(recovery_draws(curve, pairs, seed=seed)) for pairs in grid),
-        squared_errors=tuple(curve.squared.forecast(pairs) for pairs in grid), pairs_needed=needed,
+        recoveries=tuple(Forecast.of_draws(recovering(curve, pairs)) for pairs in grid),
+        squared_errors=tuple(Forecast.of_draws(squared_draws(curve, pairs)) for pairs in grid),
+        score_errors=tuple(Forecast.of_draws(score_draws(curve, pairs)) for pairs in grid), pairs_needed=needed,
+        checked=is_checked(curve),
     )  # fmt: skip
 
 

@@ -134,6 +134,8 @@ class FamilyCurve:
         score_ratios: Score error over that of the stale vectors, ``(resamples, sizes)``.
         squared: Learning curve of the squared error.
         scores: Learning curve of the score ratio.
+        probe: Targets of the probe.
+        same_size: Whether stale and fresh vectors have the same size.
     """
 
     name: str
@@ -143,6 +145,8 @@ class FamilyCurve:
     score_ratios: FloatArray
     squared: LearningCurve
     scores: LearningCurve
+    probe: int
+    same_size: bool = True
 
 
 def standard_families(
@@ -218,7 +222,7 @@ def probe_learning_curves(
         found = [
             [_judged(probe, fit, fitted[:size], held_out, moment) for size in sizes] for fitted, held_out in pieces
         ]
-        curves[name] = _family_curve(name, sizes, found, stale, len(probe))
+        curves[name] = _family_curve(name, sizes, found, stale, probe)
     return curves
 
 
@@ -295,8 +299,9 @@ def side_rows(side: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | N
 
 
 def _family_curve(
-    name: str, sizes: tuple[int, ...], found: list[list[RowErrors]], stale: list[RowErrors], rows: int
+    name: str, sizes: tuple[int, ...], found: list[list[RowErrors]], stale: list[RowErrors], probe: Probe
 ) -> FamilyCurve:
+    rows = len(probe)
     squared = np.array([[one.squared.mean() for one in row] for row in found])
     scores = np.array(
         [[one.scores.mean() / base.scores.mean() for one in row] for row, base in zip(found, stale, strict=True)]
@@ -313,4 +318,5 @@ def _family_curve(
         cosines=np.array([[one.cosines.mean() for one in row] for row in found]),
         squared=fit_learning_curve(sizes, squared, population=rows, relative_sd=squared_sd),
         scores=fit_learning_curve(sizes, scores, population=rows, relative_sd=scores_sd),
+        probe=rows, same_size=probe.stale.shape[1] == probe.fresh.shape[1],
     )  # fmt: skip

@@ -18,7 +18,7 @@ from hf_corrector.sampling.softmax import (
     top_listed,
     top_scores,
 )
-from hf_corrector.sampling.uniform import draw_pool, draw_uniform, uniform_counts
+from hf_corrector.sampling.uniform import draw_pool, draw_uniform, skipped_counts, uniform_counts
 
 __all__ = [
     "BLOCK_ROWS",
@@ -35,6 +35,7 @@ __all__ = [
     "draw_softmax",
     "draw_uniform",
     "share_of_blocks",
+    "skipped_counts",
     "top_listed",
     "top_scores",
     "uniform_counts",

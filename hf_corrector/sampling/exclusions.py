@@ -68,14 +68,17 @@ class ExcludedRows:
 
 @dataclass(frozen=True)
 class NegativeFilter:
-    """Which targets are too good to be negatives; the names and meanings are sentence-transformers'.
+    """Which targets are too good to be negatives.
+
+    Names and meanings are those of sentence-transformers' ``mine_hard_negatives`` (6.2): where a query has several
+    positives its lowest-scoring one counts, and ``range_min`` counts among what the other limits leave.
 
     Attributes:
         absolute_margin: Negatives score at least this much less than the positive.
         relative_margin: Negatives score at least this share of the positive's score (of its magnitude, where it is
             negative) less than the positive.
         max_score: Negatives score at most this.
-        range_min: The so many highest-scoring targets of each query are passed over.
+        range_min: The so many highest-scoring targets of each query are passed over; known positives do not count.
 
     Raises:
         ConfigurationError: If a value is out of its range.

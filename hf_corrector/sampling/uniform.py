@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hf_corrector.sampling.exclusions import ExcludedRows
-from hf_corrector.sampling.keys import ROUNDING, SHUFFLE, UNIFORM_TARGETS, DrawKeys, IntArray
+from hf_corrector.sampling.keys import ROUNDING, SHUFFLE, SKIPPED, UNIFORM_TARGETS, DrawKeys, IntArray
 
 
 def draw_uniform(num_targets: int, k: int, *, excluded: ExcludedRows, keys: DrawKeys) -> IntArray:
@@ -47,6 +47,17 @@ def uniform_counts(k: int, fraction: float, keys: DrawKeys) -> IntArray:
         Counts between 0 and k, ``(batch,)`` int64.
     """
     return np.floor(k * fraction + keys.uniforms(1, stream=ROUNDING)[:, 0]).astype(np.int64).clip(0, k)
+
+
+def skipped_counts(count: int, share: float, keys: DrawKeys) -> IntArray:
+    """Decide how many of each query's ``count`` highest targets lie in a pool that holds a share of all.
+
+    ``count × share`` is rounded up or down at random, keyed by the query, so that the mean over queries is exact.
+
+    Returns:
+        Counts between 0 and ``count``, ``(batch,)`` int64.
+    """
+    return np.floor(count * share + keys.uniforms(1, stream=SKIPPED)[:, 0]).astype(np.int64).clip(0, count)
 
 
 def draw_pool(num_targets: int, size: int, *, seed: int, step: int) -> IntArray:

@@ -15,6 +15,7 @@ from hf_corrector.sampling import DrawKeys, ExcludedRows, SoftmaxDraws
 
 STRATEGIES = ("full", "amortised", "pooled", "shortlist")
 SCAN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SCORED_ROWS = 2**15  # rows corrected and scored at a time: 50 MB at a size of 384
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,13 @@ class TargetScan(Protocol):
         """Forget everything that depends on earlier steps, so that a resumed run sees the same."""
 
 
+def unkept(targets: CorrectedTargets) -> CorrectedTargets:
+    """Return the same targets without a snapshot of all of them, as a scan keeps what it needs by itself."""
+    return CorrectedTargets(
+        targets.stale, targets.corrector, side=targets.side, device=targets.device, snapshot_bytes=0
+    )  # fmt: skip
+
+
 def exchange_columns(own: torch.Tensor) -> Sequence[torch.Tensor]:
     """Return what every process has for the same queries, ``(batch, n_r)`` each, in rank order."""
     return [part.T for part in all_gather_rows(own.T.contiguous())]
@@ -106,5 +114,9 @@ def score_rows(targets: CorrectedTargets, queries: torch.Tensor, rows: torch.Ten
 
     Several queries that ask for the same target have it corrected once.
     """
-    vectors = targets.gather(rows.reshape(-1)).reshape(*rows.shape, -1)
-    return torch.einsum("bd,bkd->bk", queries.float(), vectors.to(queries.device))
+    scores, step = [], max(1, _SCORED_ROWS // max(1, rows.shape[1]))
+    for start in range(0, max(len(rows), 1), step):
+        wanted = rows[start : start + step]
+        vectors = targets.gather(wanted.reshape(-1)).reshape(*wanted.shape, targets.dim).to(queries.device)
+        scores.append(torch.einsum("bd,bkd->bk", queries[start : start + step].float(), vectors))
+    return torch.cat(scores)

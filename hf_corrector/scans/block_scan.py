@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from hf_corrector.sampling import (
     share_of_blocks,
     top_scores,
 )
-from hf_corrector.scans.base import SCAN_DTYPES, ScanPlan, exchange_columns, just_below, score_rows
+from hf_corrector.scans.base import SCAN_DTYPES, ScanPlan, exchange_columns, just_below, score_rows, unkept
 
 
 class BlockScan:
@@ -29,23 +30,25 @@ class BlockScan:
     many processes there are.
 
     Args:
-        targets: All targets as they are seen now; read through this scan's own snapshot.
+        targets: All targets as they are seen now; read through this scan's own snapshot, not theirs.
         plan: ``"full"`` or ``"amortised"``.
-        scratch: File that takes an amortised snapshot too large for ``plan.snapshot_bytes``.
+        scratch: File that takes an amortised snapshot too large for ``plan.snapshot_bytes``; it has no name once it is
+            open, so that nothing is left of it. Without one the snapshot is kept in memory all the same.
 
     Attributes:
         kept: Whether corrected rows are kept between steps.
     """
 
     def __init__(self, targets: CorrectedTargets, plan: ScanPlan, *, scratch: Path | None = None) -> None:
-        self._targets, self._plan, self._scratch = targets, plan, scratch
+        self._targets, self._plan, self._scratch = unkept(targets), plan, scratch
         self._dtype, self._blocks = SCAN_DTYPES[plan.dtype], share_of_blocks(len(targets), rank(), world_size())
         self._first = min(self._blocks[0] * BLOCK_ROWS, len(targets))
         self._stop = min(self._blocks[1] * BLOCK_ROWS, len(targets))
         self._fits = (self._stop - self._first) * targets.dim * self._dtype.itemsize <= plan.snapshot_bytes
         # Rows that are read as they lie in the cache need no copy in memory.
-        as_stored = targets.corrector is None and targets.device.type == "cpu" and self._dtype == torch.float32
-        self.kept = not as_stored and (self._fits or plan.strategy == "amortised")
+        plain = targets.corrector is None and targets.device.type == "cpu"
+        self._as_stored = plain and targets.stale.read(0, min(1, len(targets))).dtype == self._dtype
+        self.kept = not self._as_stored and (self._fits or plan.strategy == "amortised")
         self._snapshot: torch.Tensor | None = None
         self._steps = 0
 
@@ -89,7 +92,6 @@ class BlockScan:
 
     def invalidate(self) -> None:
         """Forget rows of an earlier corrector, unless they are corrected anew one by one."""
-        self._targets.invalidate()
         if self._plan.strategy == "full":
             self._snapshot = None
 
@@ -116,13 +118,16 @@ class BlockScan:
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         if stop <= start:
             return torch.zeros(0, self._targets.dim, dtype=self._dtype, device=self.device)
+        if self._as_stored:
+            return self._targets.stale.read(start, stop)
         if not self.kept:
             return self._targets.read(start, stop).to(self._dtype)
         if self._snapshot is None:
             self._snapshot = self._empty_snapshot()
             for block in range(*self._blocks):
                 self._correct(block)
-        return self._snapshot[start - self._first : stop - self._first]
+        # One too large for memory is not where queries are, either.
+        return self._snapshot[start - self._first : stop - self._first].to(self.device)
 
     def _correct(self, block: int) -> None:
         start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self._stop)
@@ -133,6 +138,8 @@ class BlockScan:
         shape = (self._stop - self._first, self._targets.dim)
         if self._fits or self._scratch is None:
             return torch.empty(shape, dtype=self._dtype, device=self.device)
-        name = f"{self._scratch}-{rank()}"
-        mapped = torch.from_file(name, shared=True, size=shape[0] * shape[1], dtype=self._dtype)
+        file = self._scratch.with_name(f"{self._scratch.name}-{rank()}")
+        mapped = torch.from_file(str(file), shared=True, size=shape[0] * shape[1], dtype=self._dtype)
+        with suppress(OSError):  # where open files keep their names, it stays until the next run writes over it
+            file.unlink()
         return mapped.reshape(shape)

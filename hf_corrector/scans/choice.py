@@ -131,14 +131,18 @@ def choose_scan(task: ScanTask, wanted: ScanPlan, *, budget: float) -> tuple[Sca
     if task.correction_ops and size <= wanted.snapshot_bytes:
         candidates += [replace(wanted, strategy="amortised", refresh_steps=steps) for steps in AMORTISED_STEPS]
     for plan in candidates:
-        if task.share(plan) <= budget or task.scan_seconds(plan) <= UNNOTICED_SECONDS:
-            return plan, _sentence(task, plan, f"within the budget of {budget:.0%}")
+        if task.share(plan) <= budget:
+            return plan, _sentence(task, plan, f"within the budget of {100 * budget:g}%")
+        if task.scan_seconds(plan) <= UNNOTICED_SECONDS:
+            return plan, _sentence(task, plan, f"above the budget of {100 * budget:g}%, but too short to be noticed")
     plan = replace(wanted, strategy="shortlist")
     cheapest = min((*candidates, plan), key=task.share)
     reason = f"full would take {task.share(candidates[0]):.0%}"
     if task.share(plan) > budget:
-        return cheapest, _sentence(task, cheapest, f"the cheapest, though above the budget of {budget:.0%}; {reason}")
-    return plan, _sentence(task, plan, f"within the budget of {budget:.0%}; {reason}")
+        return cheapest, _sentence(
+            task, cheapest, f"the cheapest, though above the budget of {100 * budget:g}%; {reason}"
+        )
+    return plan, _sentence(task, plan, f"within the budget of {100 * budget:g}%; {reason}")
 
 
 def _sentence(task: ScanTask, plan: ScanPlan, reason: str) -> str:

@@ -16,10 +16,11 @@ from hf_corrector.sampling import (
     SoftmaxDraws,
     draw_pool,
     draw_softmax,
+    skipped_counts,
     top_listed,
     top_scores,
 )
-from hf_corrector.scans.base import SCAN_DTYPES, ScanPlan, just_below, score_rows
+from hf_corrector.scans.base import SCAN_DTYPES, ScanPlan, just_below, score_rows, unkept
 
 
 class PooledScan:
@@ -34,7 +35,7 @@ class PooledScan:
     """
 
     def __init__(self, targets: CorrectedTargets, plan: ScanPlan) -> None:
-        self._targets, self._plan, self._dtype = targets, plan, SCAN_DTYPES[plan.dtype]
+        self._targets, self._plan, self._dtype = unkept(targets), plan, SCAN_DTYPES[plan.dtype]
 
     @property
     def device(self) -> torch.device:
@@ -72,14 +73,15 @@ class PooledScan:
     def skip_highest(
         self, queries: torch.Tensor, count: int, *, excluded: ExcludedRows, keys: DrawKeys
     ) -> torch.Tensor:  # fmt: skip
-        """Return a ceiling above which as many lie in the pool as ``count`` highest ones would leave there."""
+        """Return a ceiling above which, on average, the pool's share of the ``count`` highest scores lies."""
         pool, scored = self._pool(queries, keys)
-        there = max(1, round(count * len(pool) / len(self)))
-        return just_below(top_scores(scored, there, excluded=excluded.within(pool))[:, -1])
+        there = torch.from_numpy(skipped_counts(count, len(pool) / len(self), keys)).to(self.device)
+        highest = top_scores(scored, max(1, int(there.max())), excluded=excluded.within(pool))
+        ceiling = just_below(highest.gather(1, (there - 1).clamp(min=0)[:, None])[:, 0])
+        return ceiling.masked_fill(there == 0, torch.inf)
 
     def invalidate(self) -> None:
         """Do nothing: rows are corrected when they are looked at."""
-        self._targets.invalidate()
 
     def advance(self) -> None:
         """Do nothing: the pool is a function of the step."""

@@ -21,7 +21,7 @@ from hf_corrector.sampling import (
     draw_pool,
     top_listed,
 )
-from hf_corrector.scans.base import ScanPlan, just_below, score_rows
+from hf_corrector.scans.base import ScanPlan, just_below, score_rows, unkept
 
 _FIT_ROWS = 8192
 
@@ -41,7 +41,7 @@ class ShortlistScan:
     """
 
     def __init__(self, targets: CorrectedTargets, plan: ScanPlan, *, index: FaissIndex) -> None:
-        self._targets, self._plan, self._index = targets, plan, index
+        self._targets, self._plan, self._index = unkept(targets), plan, index
         self._view = self._fit_view()
 
     @property
@@ -75,7 +75,6 @@ class ShortlistScan:
 
     def invalidate(self) -> None:
         """Fit the affine map to the corrector as it is now."""
-        self._targets.invalidate()
         self._view = self._fit_view()
 
     def advance(self) -> None:
@@ -100,7 +99,10 @@ class ShortlistScan:
         head = self._index.search(asked.cpu(), size, parameters=self._index.description.parameters).rows.numpy()
         pool = draw_pool(len(self), self._plan.pool, seed=keys.seed, step=keys.step)
         tail = np.broadcast_to(pool, (len(head), len(pool)))
-        twice = np.stack([np.isin(pool, row) for row in head])
+        place = np.searchsorted(pool, head).clip(max=len(pool) - 1)
+        query, column = np.nonzero(pool[place] == head)
+        twice = np.zeros(tail.shape, dtype=bool)
+        twice[query, place[query, column]] = True
         tail = np.where(twice, -1, tail)
         ids = np.concatenate([head, tail], axis=1)
         ids = np.where((ids >= 0) & ~excluded.listed(ids), ids, -1)
