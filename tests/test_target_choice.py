@@ -8,12 +8,14 @@ from model_helpers import HIDDEN, TEXTS
 
 from hf_corrector.cache import TargetCache
 from hf_corrector.candidate_sampling import ContrastSet
+from hf_corrector.data.pairs import from_pairs
 from hf_corrector.data.tokens import TokenStore
 from hf_corrector.encoding import EncodeOptions, build_cache, tokenize_texts
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel, SampledTargets
 from hf_corrector.records import EncoderFingerprint
 from hf_corrector.scans import ScanPlan
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 from hf_corrector.training.live_cache import LiveCache
 from hf_corrector.training.target_choice import Judgements, TargetChooser
 
@@ -200,3 +202,20 @@ def test_targets_that_are_not_encoded_come_as_vectors(
     assert choice.part.tokens is None
     assert choice.part.vectors is not None
     assert torch.equal(choice.part.vectors, vectors[choice.contrast.rows])
+
+
+@pytest.mark.parametrize(("warmup", "steps_by_score"), [("stale", [1, 2, 3, 4]), ("uniform", [3, 4])])
+def test_warm_up_may_be_uniform(
+    warmup: str, steps_by_score: list[int], tiny_model: DualEncoderModel, tmp_path: Path
+) -> None:
+    args = arguments(
+        tmp_path / warmup, warmup_negatives=warmup, corrector_warmup_steps=2, max_steps=4, logging_steps=1,
+        per_device_train_batch_size=2, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    rows = [{"anchor": text[:9], "positive": text} for text in TEXTS]
+    data = from_pairs(Dataset.from_list(rows), dev_fraction=0.0, test_fraction=0.0)
+    trainer = DualEncoderTrainer(tiny_model, args, train_dataset=data.train, targets=data.corpus)
+    trainer.train()
+    # A distribution to judge is known only where negatives are drawn by scores.
+    judged = [entry["step"] for entry in trainer.state.log_history if "sampling_tv" in entry]
+    assert judged == steps_by_score

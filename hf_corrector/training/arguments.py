@@ -59,14 +59,14 @@ class DualEncoderTrainingArguments(TrainingArguments):
     )
 
     absolute_margin: float | None = field(
-        default=None, metadata={"help": "Negatives score at least this much less than the query's positive."}
+        default=None, metadata={"help": "Negatives score at least this much less than the lowest-scoring known positive."}
     )
     relative_margin: float | None = field(
-        default=None, metadata={"help": "Negatives score at most 1 - relative_margin of the positive's score."}
+        default=None, metadata={"help": "The margin as a share of that positive's score."}
     )
     max_score: float | None = field(default=None, metadata={"help": "Negatives score at most this."})
     range_min: int = field(
-        default=0, metadata={"help": "Pass over so many of the highest-scoring targets of each query."}
+        default=0, metadata={"help": "Pass over so many of the highest-scoring targets that the other limits leave."}
     )
 
     # -- what the data give
