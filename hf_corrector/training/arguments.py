@@ -59,7 +59,7 @@ class DualEncoderTrainingArguments(TrainingArguments):
     )
 
     absolute_margin: float | None = field(
-        default=None, metadata={"help": "Negatives score at least this much less than the lowest-scoring known positive."}
+        default=None, metadata={"help": "Negatives score this much less than the lowest-scoring known positive."}
     )
     relative_margin: float | None = field(
         default=None, metadata={"help": "The margin as a share of that positive's score."}
