@@ -263,6 +263,7 @@ class ContrastSet:
             and of columns with the same target only the first.
         log_proposal: Log expected draws, ``(batch, columns)`` float32; 0 where a column was not drawn.
         uniform: Which columns some query drew uniformly, ``(columns,)`` bool on the CPU.
+        certain: Which columns would be there whatever was drawn, as the data name them, ``(columns,)`` bool on the CPU.
         label_weights: What each query's probability should be, ``(batch, columns)`` float32, where several positives
             are trained on.
         teacher_scores: The teacher's, ``(batch, columns)`` float32 with NaN where it said nothing, if there is one.
@@ -272,6 +273,7 @@ class ContrastSet:
     allowed: torch.Tensor
     log_proposal: torch.Tensor
     uniform: torch.Tensor
+    certain: torch.Tensor
     label_weights: torch.Tensor | None = None
     teacher_scores: torch.Tensor | None = None
 
@@ -305,11 +307,15 @@ def contrast_set(candidates: Candidates | None, given: GivenTargets, *, share_ne
     if candidates is not None:
         log_proposal[query, column] = candidates.log_proposal.cpu()[query, place]
         uniform[column[candidates.uniform.cpu().numpy()[query, place]]] = True
+    for number, rows in enumerate(given.negatives):
+        # They are there for sure, drawn or not.
+        log_proposal[number, columns.first_of(np.asarray(rows, dtype=np.int64))] = 0.0
+    certain = np.isin(columns.rows, np.concatenate([positives, given.more_rows]))
     device = given.positives.device
     weights, teacher = _label_weights(columns, given), _teacher_scores(columns, given)
     return ContrastSet(
         torch.from_numpy(columns.rows), torch.from_numpy(allowed).to(device), log_proposal.to(device),
-        torch.from_numpy(uniform), None if weights is None else weights.to(device),
+        torch.from_numpy(uniform), torch.from_numpy(certain), None if weights is None else weights.to(device),
         None if teacher is None else teacher.to(device),
     )  # fmt: skip
 

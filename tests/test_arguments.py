@@ -77,6 +77,15 @@ def test_each_value_out_of_range_is_named(name: str, value: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "span"),
+    [("drift_bound", 5.0, "1e-09 to 4"), ("scan_budget", 1.5, "0 to 1"), ("num_negatives", 0, "at least 1")],
+)
+def test_the_range_is_said(name: str, value: float, span: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"expected {span}"):
+        arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"staleness": "refresh"}, "refresh_steps"),
@@ -93,6 +102,10 @@ def test_each_value_out_of_range_is_named(name: str, value: Any, tmp_path: Path)
         ({"train_targets": False, "staleness": "rerank"}, "staleness"),
         ({"absolute_margin": 0.1, "negatives": "uniform"}, "absolute_margin, relative_margin, max_score, range_min"),
         ({"range_min": 3, "negatives": "in_batch"}, "absolute_margin, relative_margin, max_score, range_min"),
+        ({"drift_bound": 0.1, "negatives": "in_batch"}, "drift_bound"),
+        ({"drift_bound": 0.1, "uniform_fraction": 0.0}, "drift_bound"),
+        ({"drift_bound": 0.1, "negatives": "uniform", "staleness": "ignore"}, "drift_bound"),
+        ({"drift_bound": 0.1, "train_targets": False, "staleness": "ignore"}, "drift_bound"),
         ({"sampling_correction": True}, "sampling_correction"),
         ({"sampling_correction": True, "share_negatives": False, "negatives": "top_k"}, "sampling_correction"),
         ({"sampling_correction": True, "share_negatives": False, "negatives": "in_batch"}, "sampling_correction"),
@@ -115,6 +128,7 @@ def test_each_contradiction_is_named(changes: dict[str, Any], named: str, tmp_pa
         {"sampling_correction": True, "share_negatives": False, "negatives": "uniform"},
         {"corrector_kind": "residual_mlp", "corrector_fit": "gradient"},
         {"uniform_fraction": 0.0, "corrector_warmup_steps": 0},
+        {"drift_bound": 0.1, "negatives": "uniform"},
         {"uniform_fraction": 1.0, "refresh_steps": 100},
     ],
 )

@@ -286,6 +286,16 @@ def test_columns_some_query_drew_uniformly_are_marked() -> None:
     assert found.rows[found.uniform].tolist() == [1, 9]
 
 
+def test_what_the_data_name_is_there_for_sure() -> None:
+    given = GivenTargets(torch.tensor([1, 2]), ExcludedRows([[1, 6], [2]]), grades=[{1: 1.0, 6: 1.0}, {2: 1.0}],
+                         negatives=[[4], []])  # fmt: skip
+    found = contrast_set(candidates_of([[9, 4], [4, 7]]), given, share_negatives=False)
+    assert found.rows.tolist() == [1, 2, 4, 6, 7, 9]
+    assert found.rows[found.certain].tolist() == [1, 2, 4, 6]
+    # Target 4 counts for the first query whether or not it is drawn, for the second only if it is.
+    assert torch.allclose(found.log_proposal, torch.tensor([[0, 0, 0, 0, 0, 0.9], [0, 0, 0.4, 0, 0.7, 0]]))
+
+
 def test_without_candidates_only_the_batch_itself_is_encoded() -> None:
     found = contrast(None, [1, 2, 3], [[1, 3], [2], [3]], shared=True)
     assert found.rows.tolist() == [1, 2, 3]

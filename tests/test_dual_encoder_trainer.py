@@ -552,6 +552,14 @@ def test_what_the_data_give_is_encoded_and_trained_on(
     assert np.isfinite(trainer.state.log_history[0]["loss"])
 
 
+@pytest.mark.parametrize("name", ["given_negatives", "distillation_weight"])
+def test_what_the_data_do_not_give_is_not_trained_on(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{name}: .*column"):
+        trainer_for(tiny_encoder, data, tmp_path, **{name: 1})
+
+
 def test_distillation_pulls_scores_towards_the_teachers(tiny_encoder: str, tmp_path: Path) -> None:
     changes = {
         "negatives": "in_batch", "staleness": "ignore", "several_positives": True, "given_negatives": 2,

@@ -21,7 +21,7 @@ class EncodedTargets:
         sampled_scores: Their scores as the sampler saw them, ``(batch, m)``.
         fresh_scores: Their scores by the current encoder, ``(batch, m)``.
         excluded: Which were out of the question for which query, ``(batch, m)`` bool.
-        certain: Which would have been encoded whatever was drawn, ``(m,)`` bool: the positives of the batch.
+        certain: Which would have been encoded whatever was drawn, ``(m,)`` bool: positives and given negatives.
         log_normalizer: Of the sampler's softmax, ``(batch,)``.
     """
 
@@ -59,7 +59,8 @@ def estimate_total_variation(
     weights = _weights(sampled, encoded.certain, draws=draws, by_chance=by_chance).clamp(max=float(num_targets))
     fresh = (scale * encoded.fresh_scores.double()).masked_fill(hidden, -torch.inf)
     first = weights * sampled
-    second = torch.softmax(fresh + torch.log(weights), dim=1)
+    # Where all targets are excluded, nothing differs.
+    second = torch.softmax(fresh + torch.log(weights), dim=1).nan_to_num(0.0)
     return 0.5 * (first / first.sum(dim=1, keepdim=True).clamp(min=1e-300) - second).abs().sum(dim=1)
 
 

@@ -89,7 +89,8 @@ class ScanTask:
         """Seconds per step of a scan."""
         own, machine = self.targets / self.processes, self.machine
         half = plan.dtype == "bfloat16"
-        scored, corrected = own, own / self.steps_between_fits
+        # Rows that do not fit in memory are corrected again in every step.
+        scored, corrected = own, own / self.steps_between_fits if self.fits(plan) else own
         if plan.strategy == "amortised":
             corrected = own / max(plan.refresh_steps, 1)
         elif plan.strategy == "pooled":
@@ -105,6 +106,11 @@ class ScanTask:
         drawing = self.batch * scored / machine.exponentials
         correcting = corrected * (self.correction_ops / machine.products + 3 * self.dim * 4 / machine.read)
         return max(products, reading) + drawing + (correcting if self.correction_ops else 0.0)
+
+    def fits(self, plan: ScanPlan) -> bool:
+        """Say whether a process's share of corrected targets may be kept in memory."""
+        size = self.targets / self.processes * self.dim * (2 if plan.dtype == "bfloat16" else 4)
+        return size <= plan.snapshot_bytes
 
     def share(self, plan: ScanPlan) -> float:
         """Return the part of a step's time a scan takes."""
@@ -127,8 +133,7 @@ def choose_scan(task: ScanTask, wanted: ScanPlan, *, budget: float) -> tuple[Sca
         The plan and a sentence that says why.
     """
     candidates = [replace(wanted, strategy="full")]
-    size = task.targets / task.processes * task.dim * (2 if wanted.dtype == "bfloat16" else 4)
-    if task.correction_ops and size <= wanted.snapshot_bytes:
+    if task.correction_ops and task.fits(wanted):
         candidates += [replace(wanted, strategy="amortised", refresh_steps=steps) for steps in AMORTISED_STEPS]
     for plan in candidates:
         if task.share(plan) <= budget:
@@ -170,7 +175,13 @@ def correction_ops(config: CorrectorConfig) -> float:
 
 def fast_in_bfloat16(device: str) -> bool:
     """Say whether a processor multiplies bfloat16 in hardware; float16 never is on a CPU."""
+    if device == "cuda" and torch.cuda.is_available():
+        # Emulated on what came before Ampere.
+        return torch.cuda.get_device_capability() >= (8, 0)
     if device != "cpu":
         return True
-    able = torch.cpu.get_capabilities()
+    try:
+        able = torch.cpu.get_capabilities()
+    except AttributeError:  # torch 2.6, and some after it, cannot say; float32 is right everywhere
+        return False
     return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))

@@ -91,7 +91,7 @@ def _check_ranges(args: Arguments) -> None:
     }
     for name, (value, least, most) in ranges.items():
         if value is not None and not least <= value <= most:
-            span = f"at least {least:g}" if most > 1 else f"{least:g} to {most:g}"
+            span = f"at least {least:g}" if most > 1e6 else f"{least:g} to {most:g}"
             _refuse(name, expected=span, got=value, cure="Give a number in that range.")
 
 
@@ -114,10 +114,12 @@ def _check_refreshes(args: Arguments) -> None:
             cure="Use staleness='ignore': nothing is read stale.",
         )  # fmt: skip
 
-    if args.drift_bound is not None and (not args.needs_cache or args.negatives == "in_batch"):
+    by_chance = args.negatives == "uniform" or (args.samples_from_scores and args.uniform_fraction > 0)
+    if args.drift_bound is not None and not (args.needs_cache and args.train_targets and by_chance):
         _refuse(
-            "drift_bound", expected="a run that reads a cache and draws targets by chance",
-            got=f"negatives={args.negatives!r}, staleness={args.staleness!r}", cure="Leave drift_bound out.",
+            "drift_bound", expected="a run that trains targets, reads a cache and draws some targets by chance",
+            got=f"negatives={args.negatives!r}, uniform_fraction={args.uniform_fraction}, "
+            f"staleness={args.staleness!r}, train_targets={args.train_targets}", cure="Leave drift_bound out.",
         )  # fmt: skip
     if args.drift_bound is not None and args.drift_action == "refit" and not args.uses_corrector:
         _refuse(
@@ -198,7 +200,7 @@ def _check_upstream(args: Arguments) -> None:
     if args.push_to_hub:
         _refuse(
             "push_to_hub", expected="False: the run's folder also holds the cache and the tokenised corpus",
-            got="True", cure="Train, then call trainer.model.push_to_hub(repo_id).",
+            got="True", cure="Train, then call trainer.encoder.push_to_hub(repo_id).",
         )  # fmt: skip
     if args.remove_unused_columns:
         _refuse("remove_unused_columns", expected="False", got="True", cure="Leave it out.")

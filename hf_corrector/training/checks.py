@@ -85,6 +85,20 @@ def check_data(train: Dataset | None, targets: Dataset | None, evaluation: Split
     return train, targets, several["eval_dataset"]
 
 
+def check_given(train: Dataset | None, args: DualEncoderTrainingArguments) -> None:
+    """Refuse arguments that train on what the data do not give (ConfigurationError)."""
+    needed = {
+        "given_negatives": (args.given_negatives, ("negative_ids",)),
+        "distillation_weight": (args.distillation_weight, ("positive_scores", "negative_scores")),
+    }
+    for name, (value, columns) in needed.items():
+        if train is not None and value and not set(columns) & set(train.column_names):
+            raise ConfigurationError(
+                name, expected=f"training queries with the column {' or '.join(columns)}",
+                got=f"the columns {train.column_names}", cure=f"Leave {name} out, or add them.",
+            )  # fmt: skip
+
+
 def attach_corrector(
     model: DualEncoderModel, args: DualEncoderTrainingArguments, cache: TargetCache | None = None
 ) -> None:

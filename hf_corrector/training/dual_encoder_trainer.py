@@ -92,6 +92,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
     ) -> None:
         self.encoder = checks.check_types(model, args)
         train_dataset, targets, eval_dataset = checks.check_data(train_dataset, targets, eval_dataset)
+        checks.check_given(train_dataset, args)
         if target_cache is not None:
             checks.check_given_cache(target_cache, targets, self.encoder)
         self.targets, self._given_cache = targets, target_cache

@@ -34,11 +34,16 @@ def sampling_variation(
     distinct, first = np.unique(rows, return_index=True)
     columns = torch.from_numpy(first).to(fresh.device)
     known = choice.excluded.listed(np.broadcast_to(distinct, (len(queries), len(distinct))))
+    hidden, scores = torch.from_numpy(known).to(fresh.device), queries @ seen[columns].T
+    ceiling = choice.sampled.excluded.ceiling
+    if ceiling is not None:
+        # What a filter keeps from being drawn is left out of both distributions.
+        hidden = hidden | (scores > ceiling.to(fresh.device)[:, None])
     encoded = EncodedTargets(
-        sampled_scores=queries @ seen[columns].T,
+        sampled_scores=scores,
         fresh_scores=queries @ fresh[columns].T,
-        excluded=torch.from_numpy(known).to(fresh.device),
-        certain=torch.from_numpy(np.isin(distinct, rows[: len(queries)])).to(fresh.device),
+        excluded=hidden,
+        certain=choice.contrast.certain[torch.from_numpy(first)].to(fresh.device),
         log_normalizer=choice.sampled.log_normalizer.to(fresh.device),
     )
     by_chance = args.num_negatives * args.uniform_fraction
