@@ -104,6 +104,8 @@ def train_and_judge(
     trained = time.time()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    if trainer.scan_said and is_main():
+        print(trainer.scan_said, flush=True)
     judged = time.time()
     report = trainer.judge(
         split,

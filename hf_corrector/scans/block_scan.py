@@ -90,6 +90,12 @@ class BlockScan:
         """Return a ceiling above which the ``count`` highest scores of each query lie, ``(batch,)``."""
         return just_below(top_scores(self._scored(queries), count, excluded=excluded)[:, -1])
 
+    def kept_rows(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Return targets as they were last corrected, ``(n, dim)``; None where this process does not keep them all."""
+        if self._snapshot is None or len(self._snapshot) < len(self):
+            return None
+        return self._snapshot[rows.to(self._snapshot.device)]
+
     def invalidate(self) -> None:
         """Forget rows of an earlier corrector, unless they are corrected anew one by one."""
         if self._plan.strategy == "full":

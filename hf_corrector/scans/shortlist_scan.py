@@ -24,6 +24,8 @@ from hf_corrector.sampling import (
 from hf_corrector.scans.base import ScanPlan, just_below, score_rows, unkept
 
 _FIT_ROWS = 8192
+# A network changes a little in every step; where its shortlist comes from need not follow at once.
+_REFIT_CHANGES = 10
 
 
 class ShortlistScan:
@@ -42,7 +44,8 @@ class ShortlistScan:
 
     def __init__(self, targets: CorrectedTargets, plan: ScanPlan, *, index: FaissIndex) -> None:
         self._targets, self._plan, self._index = unkept(targets), plan, index
-        self._view = self._fit_view()
+        self._view: AffineView | None = None
+        self._changes = 0
 
     @property
     def device(self) -> torch.device:
@@ -74,15 +77,17 @@ class ShortlistScan:
         return just_below(scores.topk(min(count, scores.shape[1]), dim=1).values[:, -1])
 
     def invalidate(self) -> None:
-        """Fit the affine map to the corrector as it is now."""
-        self._view = self._fit_view()
+        """Let the affine map follow the corrector, at once where it is one and now and then where it is only near."""
+        self._changes += 1
+        if self._view is None or self._view.exact or self._changes >= _REFIT_CHANGES:
+            self._view, self._changes = None, 0
 
     def advance(self) -> None:
         """Do nothing: the pool is a function of the step."""
 
     def renew(self) -> None:
-        """Do nothing: nothing is kept but what the corrector decides."""
-        self._view = self._fit_view()
+        """Fit the affine map anew before the next draw."""
+        self._view, self._changes = None, 0
 
     def _fit_view(self) -> AffineView | None:
         corrector = self._targets.corrector
@@ -94,6 +99,8 @@ class ShortlistScan:
 
     def _listed(self, queries: torch.Tensor, *, excluded: ExcludedRows, keys: DrawKeys) -> ListedTargets:
         """Return what is looked at for each query: the head as it is, the tail with its weight."""
+        if self._view is None:
+            self._view = self._fit_view()
         asked = queries if self._view is None else self._view.fold(queries)[0].float()
         size = min(self._plan.shortlist, len(self))
         head = self._index.search(asked.cpu(), size, parameters=self._index.description.parameters).rows.numpy()

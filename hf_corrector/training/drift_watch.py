@@ -23,7 +23,7 @@ class DriftWatch:
     def __init__(self, bound: float, action: str, *, targets: int) -> None:
         # What is done is the run's own affair; the detector only has to find out when.
         self._detector = DriftDetector(AdaptationPolicy(bound, actions=("refit",)), targets=targets)
-        self._action, self._asked = action, "none"
+        self._action, self._asked, self._started_anew = action, "none", False
 
     def observe(self, squared_errors: torch.Tensor, log: StepLog) -> None:
         """Take in the errors of a step, ``(n,)``, before the corrector has seen these targets."""
@@ -34,7 +34,8 @@ class DriftWatch:
         log.observe("drift_error_high", decision.high)
         log.observe("drift_evidence", decision.evidence)
         if decision.alarm:
-            self._asked = self._action
+            # The detector has started anew by itself.
+            self._asked, self._started_anew = self._action, self._action == "refresh"
             log.observe("drift_alarms", 1.0)
 
     def asked(self) -> str:
@@ -43,8 +44,10 @@ class DriftWatch:
         return asked
 
     def reset(self) -> None:
-        """Start anew, as after a refresh."""
-        self._detector.reset()
+        """Start anew, as after a refresh; one that an alarm asked for is no further start."""
+        if not self._started_anew:
+            self._detector.reset()
+        self._started_anew = False
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a checkpoint needs, as flat tensors."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -15,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from hf_corrector._distributed import is_main, on_main, world_size
+from hf_corrector._distributed import barrier, is_main, on_main, world_size
 from hf_corrector._files import atomic_write, read_json, write_json
-from hf_corrector.cache.side_store import open_side, save_dense, save_side, side_details, stored_sides
+from hf_corrector.cache.side_store import side_details
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.tokens import TokenStore
@@ -27,7 +25,6 @@ from hf_corrector.index.faiss import FaissIndex
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.records import FittedTargets
 from hf_corrector.scans import BlockScan, PooledScan, ScanPlan, ShortlistScan, TargetScan, stale_index
-from hf_corrector.side_features import DenseSide, SideFeatures, TokenCounts, mean_word_embeddings
 from hf_corrector.training.ages import Ages
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.checkpointing import remove_folder
@@ -35,6 +32,7 @@ from hf_corrector.training.corrector_exchange import send_corrector
 from hf_corrector.training.corrector_fit import CorrectorFitting
 from hf_corrector.training.corrector_trainer import OnlineCorrector, OnlineTargets
 from hf_corrector.training.drift_watch import DriftWatch
+from hf_corrector.training.run_sides import carry_side, side_of
 from hf_corrector.training.step_fidelity import sampling_variation
 from hf_corrector.training.step_log import StepLog
 from hf_corrector.training.target_choice import Choice
@@ -42,7 +40,6 @@ from hf_corrector.training.target_choice import Choice
 STATE_FILE = "corrector_state.json"
 STATE_TENSORS = "corrector_state.safetensors"
 SCAN_FILE = "scan-snapshot"
-_MEAN_ROWS = 65_536
 logger = logging.get_logger(__name__)
 
 
@@ -143,16 +140,17 @@ class LiveCache:
         """
         contrast = choice.contrast
         stale = self.cache.gather(contrast.rows).to(fresh.device)
-        seen, count = stale, len(fresh)
+        corrected, count = stale, len(fresh)
         if stale.shape == fresh.shape:
             log.observe("cosine_stale_fresh", float(F.cosine_similarity(stale, fresh).mean()), count=count)
         if self.online is not None:
             side = self.online.targets.side
             beside = None if side is None else side.gather(contrast.rows).to(fresh.device)
-            seen = self.online.corrector(stale, beside)
-            log.observe("cosine_corrected_fresh", float(F.cosine_similarity(seen, fresh).mean()), count=count)
+            corrected = self.online.corrector(stale, beside)
+            log.observe("cosine_corrected_fresh", float(F.cosine_similarity(corrected, fresh).mean()), count=count)
             if is_main():
                 self.online.observe(contrast.rows, fresh, step=step)
+        seen = self._seen(contrast.rows, stale, corrected)
         if seen.shape != fresh.shape:
             return
         uniform = contrast.uniform.to(fresh.device)
@@ -161,11 +159,20 @@ class LiveCache:
             log.observe("residual_uniform", float(residuals.mean()), count=len(residuals))
             if self.watch is not None:
                 self.watch.observe(residuals, log)
-        if choice.sampled is not None and choice.sampled.log_normalizer is not None:
+        # Reranking draws by scores the encoder has just made: there is nothing stale to measure.
+        drawn = choice.sampled is not None and choice.sampled.log_normalizer is not None
+        if drawn and self._args.staleness != "rerank":
             variation = sampling_variation(
                 choice, seen, fresh, scale=self._model.config.scale, args=self._args, num_targets=len(self.cache)
             )
             log.observe("sampling_tv", float(variation.mean()), count=len(variation))
+
+    def _seen(self, rows: torch.Tensor, stale: torch.Tensor, corrected: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of targets as negatives were drawn by them, ``(n, dim)``."""
+        if self._scanned is self.stale:
+            return stale
+        kept = self._scan.kept_rows(rows) if isinstance(self._scan, BlockScan) else None
+        return corrected if kept is None else kept.to(corrected)
 
     def update_corrector(self, step: int, learning_rate: float) -> None:
         """Let the corrector follow the drift after a step that was taken with this learning rate."""
@@ -232,12 +239,14 @@ class LiveCache:
         side = self._args.corrector_side
         if self.online is not None and side is not None:
             # Rows are the same, and what else the corrector reads of them may have come with the first cache only.
-            save_side(built.cache, open_side(self.cache, side), details=side_details(self.cache, side))
+            carry_side(self.cache, built.cache, side)
         self.reset_corrector()
         self._from_start = True
         if self.watch is not None:
             self.watch.reset()
         self._use(built.cache)
+        # No process reads the cache before any more.
+        barrier()
         self._remove_unnamed(path)
         return built.encoded
 
@@ -325,27 +334,6 @@ class LiveCache:
 
 def _cache_path(folder: Path, entry: dict[str, str]) -> Path:
     return folder / entry["path"]
-
-
-def side_of(cache: TargetCache, model: DualEncoderModel, args: DualEncoderTrainingArguments) -> SideFeatures | None:
-    """Open the side features a run's corrector reads; word embeddings are stored when they are first asked for.
-
-    Raises:
-        CacheError: If the cache holds none of that kind.
-    """
-    if args.corrector_side != "word_embeddings":
-        return None if args.corrector_side is None else open_side(cache, args.corrector_side)
-    if "word_embeddings" not in stored_sides(cache):
-        counts = cast(TokenCounts, open_side(cache, "tokens"))
-        table = cast(torch.nn.Embedding, model.target_encoder.get_input_embeddings()).weight
-        save_dense(cache, _mean_blocks(counts, table), kind="word_embeddings", width=table.shape[1])
-    return open_side(cache, "word_embeddings")
-
-
-def _mean_blocks(counts: TokenCounts, table: torch.Tensor) -> Iterator[DenseSide]:
-    for start in range(0, len(counts), _MEAN_ROWS):
-        block = replace(counts, offsets=counts.offsets[start : start + _MEAN_ROWS + 1])
-        yield mean_word_embeddings(block, table)
 
 
 def settings_of(args: DualEncoderTrainingArguments) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from hf_corrector.candidate_sampling import (
     sample_uniformly,
 )
 from hf_corrector.data.tokens import TokenStore
+from hf_corrector.errors import DistributedError
 from hf_corrector.models.contrast import SampledTargets
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.sampling import DrawKeys, ExcludedRows
@@ -116,6 +118,7 @@ class TargetChooser:
         contrast = contrast_set(
             candidates, self._given(query_rows, positives, excluded), share_negatives=self._args.share_negatives
         )
+        _check_agreement(contrast.rows)
         part = self._part_of(contrast, counts, None if cached is None else cached(contrast.rows))
         return Choice(contrast, queries, excluded, sampled, part)
 
@@ -151,6 +154,20 @@ class TargetChooser:
             label_weights=None if weights is None else weights[mine],
             teacher_scores=None if teacher is None else teacher[mine],
             vectors=vectors, gather=together,
+        )  # fmt: skip
+
+
+def _check_agreement(rows: torch.Tensor) -> None:
+    """Refuse to go on where processes have chosen different targets: their gradients would not belong together.
+
+    Raises:
+        DistributedError: If one has, as processors that round differently may.
+    """
+    found = [int(one) for one in all_gather_rows(torch.tensor([zlib.crc32(rows.numpy().tobytes())]))]
+    if len(set(found)) > 1:
+        raise DistributedError(
+            f"rank {rank()} of {world_size()}, choosing targets", expected="the same targets on every process",
+            got=f"{len(set(found))} different choices", cure="Use equal processors and thread numbers, or scan='full'.",
         )  # fmt: skip
 
 
