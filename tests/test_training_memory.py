@@ -29,8 +29,8 @@ from hf_corrector.training.live_cache import LiveCache
 SMALL, MIDDLE, LARGE, DIM = 21_000, 60_000, 400_000, 128
 STEPS, BATCH = 4, 8
 ALLOWED_GB = 1 / 64  # 16 MiB; corrected rows of the large cache are 195
-# Targets, and MiB that may be needed beyond what a cache of 21,000 targets needs: 12 are the scores of a batch. An index
-# holds all vectors, with room to grow, and learns from a copy, whatever is allowed for corrected ones.
+# Targets, and MiB that may be needed beyond what a cache of 21,000 targets needs: 12 are the scores of a batch. An
+# index holds all vectors, with room to grow, and learns from a copy, whatever is allowed for corrected ones.
 BOUNDS = {"full": (LARGE, 48), "amortised": (LARGE, 48), "pooled": (LARGE, 48), "shortlist": (MIDDLE, 3 * 29 + 32)}
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
