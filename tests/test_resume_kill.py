@@ -51,7 +51,8 @@ def killed(warm: WarmProcess, run: Run, kill: Callable[[], None]) -> Ended:
     after = run.checkpoints(complete=True)
     assert max(map(step_of, after), default=0) >= max(map(step_of, before), default=0)
     if ended.exit_code == 0:
-        assert len(after) == 2
+        # A third is left by a kill between the last one's completion and the removal of the oldest.
+        assert len(after) in (2, 3)
         check_reports(ended, incomplete if before else set())
     return ended
 

@@ -36,7 +36,9 @@ def test_only_the_first_process_writes_and_writes_what_one_alone_would(tiny_enco
         assert mine.keys() == expected.keys()
         for name in expected.keys() - {"grad_norm"}:
             if not name.startswith(CLOCK):
-                assert mine[name] == pytest.approx(expected[name], rel=2e-3, abs=2e-5), name
+                # An estimate from few targets, near zero here: the rounding of sums in another order shows in it.
+                rounding = 5e-4 if name == "sampling_tv" else 2e-5
+                assert mine[name] == pytest.approx(expected[name], rel=2e-3, abs=rounding), name
     for name in ("loss", "pair_age", "snapshot_age", "passes_query", "sampling_tv"):
         values = [one.value for one in events.Scalars(f"train/{name}")]
         assert values == pytest.approx([entry[name] for entry in first if name in entry], rel=1e-6)
