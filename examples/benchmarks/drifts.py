@@ -91,8 +91,9 @@ class KeepDrift(TrainerCallback):
     def encode(self) -> dict[str, torch.Tensor]:
         """Encode all targets and the test queries with the weights of now."""
         self.trainer.model.eval()
-        fresh = self.trainer.run_judge.encode_fresh()
-        vectors = {"targets": fresh.read(0, len(fresh)), "queries": self.trainer.run_judge.encode_queries(self.data.test)}
+        judge = self.trainer.run_judge
+        fresh = judge.encode_fresh()
+        vectors = {"targets": fresh.read(0, len(fresh)), "queries": judge.encode_queries(self.data.test)}
         self.trainer.model.train()
         return vectors
 

@@ -35,7 +35,6 @@ from hf_corrector.training.checkpointing import CheckpointingTrainer
 from hf_corrector.training.judging import RunJudge
 from hf_corrector.training.live_cache import STATE_FILE, LiveCache, encode_options_of, settings_of
 from hf_corrector.training.refresh_schedule import RefreshSchedule
-from hf_corrector.training.step_log import StepLog
 from hf_corrector.training.target_choice import Choice, Judgements, TargetChooser
 from hf_corrector.training.target_source import TargetSource
 
@@ -110,7 +109,6 @@ class DualEncoderTrainer(CheckpointingTrainer):
         self.live_cache: LiveCache | None = None
         self._held_out: torch.Tensor | None = None
         self.cost = dict.fromkeys(COSTS, 0)
-        self.step_log = StepLog()
         self._schedule = RefreshSchedule.parse(args.refresh_steps)
         self._resumed_from: Path | None = None
         self._resumed_with_cache = False
