@@ -274,7 +274,8 @@ class _Logits:
     def masses(self) -> torch.Tensor:
         """Return the log-sum-exp of every own block, ``(batch, blocks)`` float64."""
         batch, blocks = len(self._excluded.per_query), self.targets.blocks
-        found: list[torch.Tensor] = []
+        # Made first: small results between large temporary ones would keep their memory from being given back.
+        found = torch.zeros(batch, len(blocks), dtype=torch.float64)
         for number, block in enumerate(blocks):
             scores = self._score(block)
             if number == 0 and batch * len(blocks) * BLOCK_ROWS * 4 <= KEPT_SCORES_BYTES.get(scores.device.type, 0):
@@ -284,12 +285,10 @@ class _Logits:
                 logits = scores.to(torch.float32, copy=True)
             else:
                 logits = self._kept[:, number, : scores.shape[1]].copy_(scores)
-            found.append(torch.logsumexp(self._scaled(logits, block), dim=1).double())
-        if found:
-            return torch.stack(found, dim=1)
+            found = found.to(logits.device)
+            found[:, number] = torch.logsumexp(self._scaled(logits, block), dim=1)
         # A process without a block still takes part; its scores would have been where an empty block's are.
-        device = self.targets.score_block(0, 0).device
-        return torch.zeros(batch, 0, dtype=torch.float64, device=device)
+        return found if len(blocks) else found.to(self.targets.score_block(0, 0).device)
 
     def of(self, blocks: torch.Tensor) -> torch.Tensor:
         """Return each query's logits in the own block chosen for it, ``(batch, widest block)`` float64."""
