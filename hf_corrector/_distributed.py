@@ -49,6 +49,16 @@ def join_processes() -> None:
             PartialState(cpu=not torch.cuda.is_available())
 
 
+def leave_processes() -> None:
+    """Take leave of the other processes at the end of a program, all at once.
+
+    A process that simply exits closes connections its neighbours still hold, which gloo may answer by aborting them.
+    """
+    if _initialised():
+        barrier()
+        dist.destroy_process_group()
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     # As an exchange of nothing: barriers of some backends guess a device, and warn about it.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from hf_corrector._distributed import is_main, join_processes, on_main
+from hf_corrector._distributed import is_main, join_processes, leave_processes, on_main
 from hf_corrector.cache.side_store import save_side
 from hf_corrector.cli.common import (
     DTYPES,
@@ -60,7 +60,9 @@ def run(argv: list[str]) -> int:
         details = {"file": Path(arguments.side).name}
         on_main("storing side features", lambda: save_side(built.cache, side, details=details))
     seconds = time.time() - started
-    if not is_main():
+    speaks = is_main()
+    leave_processes()
+    if not speaks:
         return 0
     _record(arguments, built, seconds)
     gone = f", {built.deleted:,} deleted" if arguments.update else ""

@@ -24,6 +24,7 @@ if _distributed.rank() == 1 and sys.argv[1] == "die":
 with _distributed.naming_failures("training step 3"):
     _distributed.gather_columns(torch.ones(2, 2))
 print("rank", _distributed.rank(), "of", _distributed.world_size(), "is done", flush=True)
+_distributed.leave_processes()
 """
 
 
@@ -62,8 +63,6 @@ def test_children_that_hang_are_killed_and_named() -> None:
 def test_a_job_with_a_dead_process_ends_with_an_error(action: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(DYING)
-    start = time.monotonic()
     done = launch(script, 2, action)
     assert (done.returncode == 0) == (action == "live"), done.stderr
     assert done.stdout.count("of 2 is done") == (2 if action == "live" else 0)
-    assert time.monotonic() - start < 60
