@@ -689,3 +689,15 @@ def test_reranking_encodes_candidates_and_counts_them(
 def test_what_cannot_work_is_refused_before_any_work(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
     with pytest.raises((ConfigurationError, ImportError), match=match):
         arguments(tmp_path, **changes)
+
+
+def test_a_resumed_run_outlives_the_checkpoint_it_came_from(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "corrector_kind": "kernel", "corrector_side": "tokens"}
+    trainer_for(tiny_encoder, data, tmp_path, max_steps=2, **settings).train()
+    resumed = trainer_for(tiny_encoder, data, tmp_path, max_steps=8, save_total_limit=1, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert not (tmp_path / "checkpoint-2").exists()
+    resumed.save_model()
+    assert resumed.evaluate()["eval_mrr@10"] >= 0

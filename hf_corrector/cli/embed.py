@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from hf_corrector._distributed import is_main, join_processes, leave_processes, on_main
+from hf_corrector._distributed import exit_together, is_main, join_processes, on_main
 from hf_corrector.cache.side_store import save_side
 from hf_corrector.cli.common import (
     DTYPES,
@@ -60,13 +60,11 @@ def run(argv: list[str]) -> int:
         details = {"file": Path(arguments.side).name}
         on_main("storing side features", lambda: save_side(built.cache, side, details=details))
     seconds = time.time() - started
-    speaks = is_main()
-    leave_processes()
-    if not speaks:
-        return 0
-    _record(arguments, built, seconds)
-    gone = f", {built.deleted:,} deleted" if arguments.update else ""
-    print(f"{built.cache!r}: {built.encoded:,} targets encoded{gone} in {seconds:.1f} s")
+    if is_main():
+        _record(arguments, built, seconds)
+        gone = f", {built.deleted:,} deleted" if arguments.update else ""
+        print(f"{built.cache!r}: {built.encoded:,} targets encoded{gone} in {seconds:.1f} s")
+    exit_together(0)
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from transformers import HfArgumentParser
 
-from hf_corrector._distributed import is_main, leave_processes, on_main
+from hf_corrector._distributed import exit_together, is_main, on_main
 from hf_corrector.cli.common import (
     DATA_HELP,
     STDLIB,
@@ -68,11 +68,9 @@ def run(argv: list[str]) -> int:
         raise ConfigurationError("train", expected="--output_dir OUT", got="none", cure="Say where the run goes.")
     quieten()
     report = train_and_judge(what, args)
-    speaks = is_main()
-    leave_processes()
-    if not speaks:
-        return 0
-    print(f"{report.table()}\n\n{report.judgement.sentence()}\n\nwritten to {args.output_dir}")
+    if is_main():
+        print(f"{report.table()}\n\n{report.judgement.sentence()}\n\nwritten to {args.output_dir}")
+    exit_together(0)
     return 0
 
 

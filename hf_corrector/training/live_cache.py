@@ -264,7 +264,7 @@ class LiveCache:
         out = Path(str(self._args.output_dir))
         named = {current.resolve(), self.first.path.resolve()}
         for state in out.glob(f"*/{STATE_FILE}"):
-            named |= {_cache_path(state.parent, entry).resolve() for entry in read_json(state)["caches"]}
+            named |= {_cache_path(state.parent, entry) for entry in read_json(state)["caches"]}
         for folder in out.glob("cache-[0-9][0-9][0-9][0-9]"):
             if folder.resolve() not in named:
                 remove_folder(folder)
@@ -333,7 +333,8 @@ class LiveCache:
 
 
 def _cache_path(folder: Path, entry: dict[str, str]) -> Path:
-    return folder / entry["path"]
+    # Resolved, as the checkpoint it is named from may be removed while the run goes on.
+    return (folder / entry["path"]).resolve()
 
 
 def settings_of(args: DualEncoderTrainingArguments) -> dict[str, str]:

@@ -24,7 +24,7 @@ if _distributed.rank() == 1 and sys.argv[1] == "die":
 with _distributed.naming_failures("training step 3"):
     _distributed.gather_columns(torch.ones(2, 2))
 print("rank", _distributed.rank(), "of", _distributed.world_size(), "is done", flush=True)
-_distributed.leave_processes()
+_distributed.exit_together(0)
 """
 
 
