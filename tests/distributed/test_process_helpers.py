@@ -23,7 +23,7 @@ if _distributed.rank() == 1 and sys.argv[1] == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 with _distributed.naming_failures("training step 3"):
     _distributed.gather_columns(torch.ones(2, 2))
-print("rank", _distributed.rank(), "of", _distributed.world_size(), "is done", flush=True)
+sys.stdout.write(f"rank {_distributed.rank()} of {_distributed.world_size()} is done\\n")
 _distributed.exit_together(0)
 """
 
