@@ -12,6 +12,7 @@ import torch
 from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.models import DualEncoderModel
 from hf_corrector.records import collect_versions, describe_machine
+from hf_corrector.scans import fast_in_bfloat16
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
@@ -30,7 +31,20 @@ def print_head(title: str, arguments: Namespace) -> None:
     hidden = {"data", "output_dir", "model"}
     shown = " ".join(f"{key}={value}" for key, value in sorted(vars(arguments).items()) if key not in hidden)
     print(f"# {title}\narguments: {shown}\nversions: {versions}")
-    print(f"machine: {describe_machine()}, {torch.get_num_threads()} threads\n", flush=True)
+    print(
+        f"machine: {describe_machine()}, {torch.get_num_threads()} threads, bfloat16 in hardware: {half_is_fast()}\n",
+        flush=True,
+    )
+
+
+def half_is_fast() -> bool:
+    """Say whether encoders should run in bfloat16 autocast here: processors without it emulate it, very slowly."""
+    return fast_in_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype() -> str:
+    """Return the arithmetic in which caches are to be encoded here."""
+    return "bfloat16" if half_is_fast() else "float32"
 
 
 def fine_tune(
@@ -42,9 +56,9 @@ def fine_tune(
     seed: int,
     learning_rate: float = 5e-5,
 ) -> None:
-    """Train an encoder in place with in-batch negatives, 32 pairs a step, in bfloat16 autocast."""
+    """Train an encoder in place with in-batch negatives, 32 pairs a step, in bfloat16 autocast where that is fast."""
     args = DualEncoderTrainingArguments(
-        str(folder), max_steps=steps, learning_rate=learning_rate, seed=seed, bf16=True, negatives="in_batch",
+        str(folder), max_steps=steps, learning_rate=learning_rate, seed=seed, bf16=half_is_fast(), negatives="in_batch",
         staleness="ignore", logging_steps=50, save_strategy="no", report_to=[], disable_tqdm=True,
     )  # fmt: skip
     DualEncoderTrainer(model, args, train_dataset=data.train, targets=data.corpus).train()

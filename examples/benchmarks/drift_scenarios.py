@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import data_folder, fine_tune, print_head
+from common import compute_dtype, data_folder, fine_tune, print_head
 from datasets import Dataset
 
 from hf_corrector import upgrade
@@ -91,7 +91,7 @@ def run(scenario: Scenario, folder: Path, arguments: argparse.Namespace) -> tupl
         judged, test=kept(judged.test, scenario.judge_on), train=kept(judged.train, scenario.judge_on)
     )
     old, new = (load_encoder(scenario) for _ in range(2))
-    encoding = EncodeOptions(compute_dtype="bfloat16", progress=False)
+    encoding = EncodeOptions(compute_dtype=compute_dtype(), progress=False)
     cache = build_cache(old, judged.corpus, folder / "old", options=encoding).cache
     data = dataclasses.replace(trained, train=kept(trained.train, scenario.train_on))
     fine_tune(new, data, folder / "training", steps=arguments.steps, seed=arguments.seed)
@@ -103,7 +103,7 @@ def run(scenario: Scenario, folder: Path, arguments: argparse.Namespace) -> tupl
     report.save(folder / "out")
     rows = torch.as_tensor(report.pairs.rows)
     texts = [judged.corpus[row]["text"] for row in rows[:500].tolist()]
-    fresh = new.encode_target(texts, compute_dtype="bfloat16")
+    fresh = new.encode_target(texts, compute_dtype=compute_dtype())
     return report, float(torch.nn.functional.cosine_similarity(cache.gather(rows[:500]), fresh).mean())
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import data_folder, print_head
+from common import data_folder, half_is_fast, print_head
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -138,7 +138,6 @@ def main() -> None:
     flags.add_argument("--learning_rate", type=float, default=5e-5)
     flags.add_argument("--window", type=int, default=100, help="steps whose re-encoded targets are kept")
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
     arguments = flags.parse_args()
     print_head(f"drift of an encoder fine-tuned on {arguments.set}", arguments)
     data = load_retrieval_data(data_folder(arguments.data, arguments.set))
@@ -150,7 +149,7 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     args = DualEncoderTrainingArguments(
         str(work), max_steps=max(arguments.at), learning_rate=arguments.learning_rate, seed=arguments.seed,
-        bf16=not arguments.fp32, corrector_window=arguments.window, logging_steps=25, save_strategy="no", report_to=[],
+        bf16=half_is_fast(), corrector_window=arguments.window, logging_steps=25, save_strategy="no", report_to=[],
         disable_tqdm=True,
     )  # fmt: skip
     keep = KeepDrift(data, arguments.set, arguments.at, Path(arguments.output_dir))

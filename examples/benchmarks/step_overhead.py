@@ -7,7 +7,7 @@ targets: real vectors tiled, not a real corpus. A corrector is fitted to the dri
 fit step by step, being replaced every ``--fit_steps`` steps (a network: every step), as in training. In each of
 ``--steps`` steps a batch of the drift's queries draws negatives; measured are the seconds of that and of keeping the
 scan up to date, beside those of a real step of MiniLM (32 queries, their positives and negatives, forward, backward and
-AdamW, bfloat16 autocast) timed in the same run.
+AdamW, bfloat16 autocast where that is fast) timed in the same run.
 
 Fidelity is against ``full`` in float32 at the same step: total variation of the two softmaxes, and how many of the 50
 hardest negatives are among the 50 this scan would take. Targets that a pool does not hold have no mass in that step.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import data_folder, print_head
+from common import data_folder, half_is_fast, print_head
 from drifts import Drift, load_drift
 from torch.nn import functional as F
 
@@ -226,7 +226,7 @@ def encoder_seconds(arguments: argparse.Namespace) -> float:
     found = []
     for _ in range(6):
         started = now(arguments.device)
-        with torch.autocast(arguments.device, dtype=torch.bfloat16):
+        with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=half_is_fast()):
             asked, answers = model.embed(queries, "query"), model.embed(targets, "target")
         labels = torch.arange(arguments.batch, device=asked.device)
         F.cross_entropy(20.0 * asked @ answers.T, labels).backward()

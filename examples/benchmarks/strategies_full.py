@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import data_folder, print_head
+from common import data_folder, half_is_fast, print_head
 
 from hf_corrector._extras import demo_encoder
 from hf_corrector.data.datasets import load_retrieval_data
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, data: RetrievalData, strategy: str, seed:
     out = Path(arguments.output_dir) / f"running-{strategy}-{seed}"
     shutil.rmtree(out, ignore_errors=True)
     args = DualEncoderTrainingArguments(
-        str(out), max_steps=arguments.steps, learning_rate=arguments.learning_rate, seed=seed, bf16=True,
+        str(out), max_steps=arguments.steps, learning_rate=arguments.learning_rate, seed=seed, bf16=half_is_fast(),
         num_negatives=arguments.num_negatives, logging_steps=50, save_strategy="no", report_to=[], disable_tqdm=True,
         **STRATEGIES[strategy],
     )  # fmt: skip

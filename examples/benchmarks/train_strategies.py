@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import data_folder, print_head
+from common import data_folder, half_is_fast, print_head
 
 from hf_corrector._extras import demo_encoder
 from hf_corrector.corrected_targets import CorrectedTargets
@@ -70,7 +70,6 @@ def main() -> None:
     flags.add_argument("--learning_rate", type=float, default=5e-5)
     flags.add_argument("--seeds", type=int, nargs="+", default=[0])
     flags.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
-    flags.add_argument("--bf16", action="store_true", help="bfloat16 autocast of the encoder")
     arguments = flags.parse_args()
     print_head("train_strategies on nl2bash", arguments)
     data = load_retrieval_data(data_folder(arguments.data, "nl2bash"))
@@ -102,7 +101,7 @@ def train(
     out = Path(arguments.output_dir) / f"{strategy}-{seed}"
     shutil.rmtree(out, ignore_errors=True)
     args = DualEncoderTrainingArguments(
-        str(out), max_steps=arguments.steps, learning_rate=arguments.learning_rate, seed=seed, bf16=arguments.bf16,
+        str(out), max_steps=arguments.steps, learning_rate=arguments.learning_rate, seed=seed, bf16=half_is_fast(),
         logging_steps=100, save_strategy="no", report_to=[], disable_tqdm=True, **STRATEGIES[strategy],
     )  # fmt: skip
     trainer = DualEncoderTrainer(load_encoder(arguments), args, train_dataset=data.train, targets=data.corpus)

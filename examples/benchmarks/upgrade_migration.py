@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from common import data_folder, fine_tune, print_head
+from common import compute_dtype, data_folder, fine_tune, print_head
 
 from hf_corrector import upgrade
 from hf_corrector._extras import demo_encoder
@@ -41,7 +41,7 @@ def main() -> None:
     out = Path(arguments.output_dir)
     data = load_retrieval_data(data_folder(arguments.data, "nl2bash"))
     old = load(arguments, layers=6, dim=None)
-    encoding = EncodeOptions(compute_dtype="bfloat16", progress=False)
+    encoding = EncodeOptions(compute_dtype=compute_dtype(), progress=False)
     cache = build_cache(old, data.corpus, out / "old", options=encoding).cache
     for steps in arguments.steps:
         new = load(arguments, layers=arguments.layers, dim=arguments.dim)

@@ -6,6 +6,7 @@ import torch
 
 from hf_corrector.cli.common import parser, quieten
 from hf_corrector.cli.train import WhatToTrain, train_and_judge
+from hf_corrector.scans import fast_in_bfloat16
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 
 EXAMPLES = """\
@@ -31,9 +32,10 @@ def run(argv: list[str]) -> int:
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = flags.parse_args(argv)
     quieten()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     args = DualEncoderTrainingArguments(
         arguments.output_dir, max_steps=arguments.max_steps, learning_rate=1e-4, warmup_steps=0.1, seed=arguments.seed,
-        logging_steps=20, save_strategy="no", report_to=[], disable_tqdm=arguments.quiet, bf16=_fast_bfloat16(),
+        logging_steps=20, save_strategy="no", report_to=[], disable_tqdm=arguments.quiet, bf16=fast_in_bfloat16(device),
     )  # fmt: skip
     what = WhatToTrain(model=arguments.model, num_layers=arguments.num_layers, max_length=arguments.max_length)
     report = train_and_judge(what, args, command="demo")
@@ -44,10 +46,3 @@ def run(argv: list[str]) -> int:
         f"--corrector {arguments.output_dir}/corrector --data stdlib --query 'remove a directory tree'"
     )
     return 0
-
-
-def _fast_bfloat16() -> bool:
-    """Say whether this machine multiplies bfloat16 faster than float32."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -39,6 +39,7 @@ def scan_for_a_while(targets: int, strategy: str, dtype: str) -> list[torch.Tens
 @pytest.mark.parametrize("targets", [50, 4 * BLOCK_ROWS + 77])
 def test_scans_of_several_processes_say_what_one_says(targets: int, strategy: str) -> None:
     for dtype in ("float32", "bfloat16"):
-        alone = scan_for_a_while(targets, strategy, dtype)
+        # In a process of its own, as products of several threads round differently on some processors.
+        (alone,) = run_on_ranks(scan_for_a_while, 1, targets, strategy, dtype)
         for found in run_on_ranks(scan_for_a_while, 3, targets, strategy, dtype):
             assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
