@@ -1,4 +1,4 @@
-"""What the README says is run as it is written, with a small encoder and a small folder in place of the large ones."""
+"""What README and pages say is run as it is written, with a small encoder and a small folder in place of large ones."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from hf_corrector.data.datasets import load_retrieval_data
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "examples").rglob("*.md"))]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
 WORDS = ["copy", "move", "list", "count", "sort", "find", "print", "replace", "delete", "join", "split", "merge"]
 
 
-def block(language: str, containing: str) -> str:
-    found = [text for text in re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL) if containing in text]
+def block(language: str, containing: str, page: str = "README.md") -> str:
+    """Return the one block of a page that contains something."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", TEXTS[page], flags=re.DOTALL)
+    found = [text for text in blocks if containing in text]
     assert len(found) == 1
     return found[0]
 
@@ -93,12 +97,12 @@ def test_the_upgrade_commands_run(upgradable: Path) -> None:
 def test_the_retriever_example_runs(upgradable: Path) -> None:
     corrector = CorrectorModel(CorrectorConfig(kind="affine", input_dim=32))
     names: dict[str, object] = {"corrector": corrector, "query_vectors": torch.randn(2, 32)}
-    exec(compile(block("python", "CorrectedRetriever("), "README.md", "exec"), names)
+    exec(compile(block("python", "CorrectedRetriever(", "examples/upgrade.md"), "README.md", "exec"), names)
     assert names["found"].rows.shape == (2, 10)  # type: ignore[attr-defined]
 
 
 def test_the_plan_command_runs(upgradable: Path) -> None:
-    command = re.search(r"`(hf-corrector plan [^`]*)`", README)
+    command = re.search(r"`(hf-corrector plan [^`]*)`", TEXTS["examples/upgrade.md"])
     assert command is not None
     words = shlex.split(command.group(1).replace("\n", " ").replace("--probe 500", "--probe 45"))
     assert main(words[1:]) == 0
@@ -115,3 +119,32 @@ def test_every_constraint_is_an_exact_version() -> None:
     lines = (ROOT / ".ci" / "constraints.txt").read_text().split()
     assert "torch==2.13.0" in lines
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][\w.]*", line) for line in lines)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_pages_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[page]):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = ROOT / page if not name else ((ROOT / page).parent / name).resolve()
+        assert target.is_file(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}, link
+
+
+def test_every_page_is_named_by_the_readme() -> None:
+    assert [page for page in PAGES[1:] if f"({page})" not in README] == []
+
+
+def code_blocks(page: str) -> list[str]:
+    return re.findall(r"```(?:python|bash)\n(.*?)```", TEXTS[page], flags=re.DOTALL)
+
+
+def test_what_pages_repeat_of_the_readme_is_the_same() -> None:
+    """An example that stands on two pages must not age on one of them."""
+    first = {code.splitlines()[0]: code for code in code_blocks("README.md")}
+    for page in PAGES[1:]:
+        for code in code_blocks(page):
+            assert first.get(code.splitlines()[0], code) == code, page
