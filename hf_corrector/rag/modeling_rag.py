@@ -18,6 +18,13 @@ from hf_corrector.models.text_encoding import Tokens
 from hf_corrector.rag import objectives
 from hf_corrector.rag.adapters import put_on
 from hf_corrector.rag.configuration_rag import RetrievalAugmentedConfig
+from hf_corrector.rag.generation import (
+    AnsweredQuestion,
+    AnswerLikelihoods,
+    GenerationOptions,
+    generate_answers,
+    likelihoods_of_answers,
+)
 from hf_corrector.rag.objectives import JointReading, LossParts, Objective
 from hf_corrector.rag.passages import CandidateFn, RetrievedTargets
 from hf_corrector.rag.reader_inputs import ReaderTokenizer, unpad
@@ -175,7 +182,7 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
             with torch.autocast(queries.device.type, enabled=False):
                 # What is drawn must not depend on the rounding of half-precision scores.
                 retrieved = candidate_fn(queries.detach().float())
-            targets = self._target_vectors(retrieved, queries, sizes.retriever)
+            targets = self.target_vectors(retrieved, queries, mini_batch_size=sizes.retriever)
             log_prior = self.log_prior(queries, targets, retrieved)
         read = unpad(reader_questions["input_ids"], reader_questions["attention_mask"])
         wanted = unpad(answers["input_ids"], answers["attention_mask"])
@@ -188,12 +195,14 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
             query_embeddings=queries.detach(), target_embeddings=targets.detach(),
         )  # fmt: skip
 
-    def _target_vectors(
-        self, retrieved: RetrievedTargets, queries: torch.Tensor, mini_batch_size: int | None
+    def target_vectors(
+        self, retrieved: RetrievedTargets, queries: torch.Tensor, *, mini_batch_size: int | None = None
     ) -> torch.Tensor:  # fmt: skip
-        if retrieved.tokens is None:
-            return retrieved.vectors.detach().to(queries.device).float()  # type: ignore[union-attr]
-        return self.retriever.embed_in_parts(retrieved.tokens, "target", mini_batch_size=mini_batch_size)
+        """Return the vectors of the distinct targets, encoded where they are not given, ``(m, dim)``."""
+        if retrieved.vectors is not None:
+            return retrieved.vectors.detach().to(queries.device).float()
+        tokens = {name: one.to(self.device) for name, one in (retrieved.tokens or {}).items()}
+        return self.retriever.embed_in_parts(tokens, "target", mini_batch_size=mini_batch_size)
 
     def log_prior(self, queries: torch.Tensor, targets: torch.Tensor, retrieved: RetrievedTargets) -> torch.Tensor:
         """Return log P(y|x) over each query's passages, ``(batch, k)`` float32, −inf where masked.
@@ -288,3 +297,16 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
                 yield
         finally:
             self.train(was_training)
+
+    def generate(
+        self, questions: Sequence[str], candidate_fn: CandidateFn, *, options: GenerationOptions | None = None
+    ) -> list[AnsweredQuestion]:
+        """Answer questions, see :func:`~hf_corrector.rag.generation.generate_answers`."""
+        return generate_answers(self, questions, candidate_fn, options=options)
+
+    def answer_log_likelihoods(
+        self, questions: Sequence[str], answers: Sequence[str], candidate_fn: CandidateFn, *,
+        options: GenerationOptions | None = None,
+    ) -> AnswerLikelihoods:  # fmt: skip
+        """Weigh given answers, see :func:`~hf_corrector.rag.generation.likelihoods_of_answers`."""
+        return likelihoods_of_answers(self, questions, answers, candidate_fn, options=options)
