@@ -131,6 +131,11 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
         return self.retriever.config.scale if self.log_scale is None else self.log_scale.float().exp()
 
     @property
+    def scale_now(self) -> float:
+        """The same as a plain number."""
+        return self.retriever.config.scale if self.log_scale is None else float(self.log_scale.detach().float().exp())
+
+    @property
     def reader(self) -> ReaderTokenizer:
         """The reader's tokenizer, as prompts and answers go through it.
 
@@ -146,6 +151,16 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
         if self._reader is None or self._reader.tokenizer is not tokenizer:
             self._reader = ReaderTokenizer(tokenizer, self.config)
         return self._reader
+
+    def check_reader(self) -> None:
+        """Refuse a prompt that leaves no room (ConfigurationError)."""
+        _ = self.reader
+
+    def freeze_retriever(self) -> None:
+        """Keep the retriever and the scale as they are; a state of the object, which a loaded model does not have."""
+        self.retriever.requires_grad_(False)
+        if self.log_scale is not None:
+            self.log_scale.requires_grad_(False)
 
     def forward(
         self,
