@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import GenerationConfig
@@ -275,7 +275,7 @@ def _write(
     for rows in by_length(torch.tensor([len(one) for one in prompts]), options.batch_size):
         batch = _padded([prompts[row] for row in rows.tolist()], style)
         tokens = {name: one.to(model.device) for name, one in batch.items()}
-        written = model.generator.generate(**tokens, generation_config=config)
+        written = cast(Any, model.generator).generate(**tokens, generation_config=config)
         # A decoder repeats its prompt, an encoder-decoder the token it starts from.
         skipped = 1 if style.start is not None else batch["input_ids"].shape[1]
         kept = [_up_to_end(row, style.end) for row in written[:, skipped:].cpu().tolist()]
