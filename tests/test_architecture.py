@@ -27,6 +27,7 @@ drawing     scans candidate_sampling
 judgement   evaluation
 training    training planning adaptation
 upgrade     index_upgrade
+reading     rag
 leaves      cli
 """
 LEVELS = {line.split()[0]: line.split()[1:] for line in ORDER.strip().splitlines()}

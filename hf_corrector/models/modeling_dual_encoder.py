@@ -170,7 +170,7 @@ class DualEncoderModel(TextEncodingMixin, StoredDualEncoder):
         Raises:
             ConfigurationError: If there are neither positives nor vectors, or ``mini_batch_size`` is less than 1.
         """
-        query_embeddings = self._embed(queries, "query", mini_batch_size)
+        query_embeddings = self.embed_in_parts(queries, "query", mini_batch_size=mini_batch_size)
         with torch.autocast(query_embeddings.device.type, enabled=False):
             # Which targets are drawn must not depend on the rounding of half-precision scores.
             sampled = None if candidate_fn is None else candidate_fn(query_embeddings.detach().float())
@@ -181,7 +181,8 @@ class DualEncoderModel(TextEncodingMixin, StoredDualEncoder):
         )  # fmt: skip
         return DualEncoderOutput(loss, query_embeddings, target_embeddings)
 
-    def _embed(self, tokens: Tokens, role: Role, mini_batch_size: int | None) -> torch.Tensor:
+    def embed_in_parts(self, tokens: Tokens, role: Role, *, mini_batch_size: int | None) -> torch.Tensor:
+        """Encode padded tokens so many at a time, see :func:`embed_in_chunks`; all at once if None."""
         if mini_batch_size is None:
             return self.embed(tokens, role)
         return embed_in_chunks(lambda chunk: self.embed(chunk, role), tokens, mini_batch_size)
@@ -197,9 +198,10 @@ class DualEncoderModel(TextEncodingMixin, StoredDualEncoder):
                 "DualEncoderModel.forward", expected="positives, or all columns as vectors", got="neither",
                 cure="Pass the tokens of one positive per query.",
             )  # fmt: skip
-        embeddings = self._embed(positives, "target", mini_batch_size)
+        embeddings = self.embed_in_parts(positives, "target", mini_batch_size=mini_batch_size)
         if sampled is not None and sampled.tokens is not None:
-            embeddings = torch.cat([embeddings, self._embed(sampled.tokens, "target", mini_batch_size)])
+            further = self.embed_in_parts(sampled.tokens, "target", mini_batch_size=mini_batch_size)
+            embeddings = torch.cat([embeddings, further])
         return embeddings if sampled is None or sampled.gather is None else sampled.gather(embeddings)
 
     def floating_point_ops(self, inputs: dict[str, Any], exclude_embeddings: bool = True) -> int:

@@ -1,0 +1,112 @@
+"""Tiny retrieval-augmented models with random weights, and what they read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from model_helpers import HIDDEN, byte_bpe_tokenizer, wordpiece_tokenizer
+from transformers import (
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_corrector.batching import pad_tokens
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.models.text_encoding import Tokens
+from hf_corrector.rag.modeling_rag import RetrievalAugmentedModel
+from hf_corrector.rag.passages import RetrievedTargets, distinct_rows
+from hf_corrector.sampling import Candidates
+
+KINDS = ("gpt2", "llama", "t5", "bert2bert")
+PASSAGES = [
+    "list all files", "remove the old archive of the disk", "count the words of a file", "copy a folder",
+    "find files changed today", "sort lines by number", "print the last ten lines", "who is logged in",
+]  # fmt: skip
+QUESTIONS = ["how to list files", "what counts words", "sort a file by number"]
+ANSWERS = ["list", "count words", "sort lines"]
+
+
+def generator_of(kind: str, *, seed: int = 0, dropout: float = 0.0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Make a tiny reader and its tokenizer; GPT-2's has no padding token."""
+    torch.manual_seed(seed)
+    match kind:
+        case "gpt2":
+            config = GPT2Config(
+                vocab_size=300, n_embd=HIDDEN, n_layer=2, n_head=2, n_positions=128, initializer_range=0.3,
+                resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=1, eos_token_id=1,
+            )  # fmt: skip
+            return GPT2LMHeadModel(config), _long(byte_bpe_tokenizer(end_token=False, pad_token=False))
+        case "llama":
+            llama = LlamaConfig(
+                vocab_size=300, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0,
+                bos_token_id=None, eos_token_id=1, tie_word_embeddings=True,
+            )  # fmt: skip
+            return LlamaForCausalLM(llama), _long(byte_bpe_tokenizer(end_token=True))
+        case "t5":
+            t5 = T5Config(
+                vocab_size=300, d_model=HIDDEN, d_kv=16, d_ff=48, num_layers=2, num_heads=2, pad_token_id=0,
+                eos_token_id=1, decoder_start_token_id=0, dropout_rate=dropout,
+            )  # fmt: skip
+            return T5ForConditionalGeneration(t5), _long(byte_bpe_tokenizer(end_token=True))
+    tokenizer = wordpiece_tokenizer()
+    bert = BertConfig(
+        vocab_size=240, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=128, initializer_range=0.3, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(
+        bert, BertConfig(**{**bert.to_dict(), "is_decoder": True, "add_cross_attention": True})
+    )
+    both.decoder_start_token_id, both.pad_token_id = tokenizer.cls_token_id, tokenizer.pad_token_id
+    return EncoderDecoderModel(both), _long(tokenizer)
+
+
+def _long(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    tokenizer.model_max_length = 128
+    return tokenizer
+
+
+def rag_of(encoder: str, kind: str = "gpt2", *, seed: int = 0, dropout: float = 0.0, **settings: Any) -> Any:
+    """Compose a tiny retrieval-augmented model."""
+    generator, tokenizer = generator_of(kind, seed=seed, dropout=dropout)
+    settings = {"answer_max_length": 16, **settings}
+    return RetrievalAugmentedModel.from_parts(DualEncoderModel.from_encoder(encoder), generator, tokenizer, **settings)
+
+
+def step_inputs(model: RetrievalAugmentedModel, questions: list[str] | None = None) -> dict[str, Tokens]:
+    """Return the tokens a training step reads."""
+    questions = QUESTIONS if questions is None else questions
+    pad = model.retriever.pad_token_id("query")
+    return {
+        "questions": pad_tokens(model.retriever.tokenize(questions, "query"), pad),
+        "reader_questions": pad_tokens(model.reader.questions(questions), 0),
+        "answers": pad_tokens(model.reader.answers(ANSWERS[: len(questions)]), 0),
+    }
+
+
+def retrieved_of(
+    model: RetrievalAugmentedModel, ids: list[list[int]], *, fresh: bool = True, passages: list[str] | None = None
+) -> RetrievedTargets:
+    """Return what was found: rows of PASSAGES, −1 for a place that is masked."""
+    rows = torch.tensor(ids)
+    texts = PASSAGES if passages is None else passages
+    mask, nothing = rows >= 0, torch.zeros(rows.shape)
+    candidates = Candidates(rows, nothing, nothing, mask, torch.zeros_like(mask))
+    distinct, places = distinct_rows(rows, mask)
+    chosen = [texts[row] for row in distinct]
+    words = model.reader.passages(chosen)
+    tokens = pad_tokens(model.retriever.tokenize(chosen, "target"), model.retriever.pad_token_id("target"))
+    if fresh:
+        return RetrievedTargets(candidates, places, words, tokens=tokens)
+    return RetrievedTargets(candidates, places, words, vectors=model.retriever.encode_target(chosen))
