@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 # one level: the modules of an island never import another island, all other units of a line may import those before.
 ORDER = """
 ground      version errors _files _distributed _extras records
-pure        batching metrics sampling losses learning_curves side_features fitting pair_choice drift_detection
+pure        batching metrics answers sampling losses learning_curves side_features fitting pair_choice drift_detection
 islands     models cache index data
 bridges     shared_writing encoding corrected_targets overlaid_targets corrected_cache
 retrieval   affine_view search_strategies corrected_retriever

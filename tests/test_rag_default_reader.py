@@ -77,19 +77,8 @@ def test_answers_are_written_as_they_are_read(tmp_path: Path) -> None:
     _, tokenizer = default_reader(num_hidden_layers=1)
     tokenizer.save_pretrained(tmp_path)
     for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        for text in (
-            "read_all",
-            "__init_subclass__",
-            "_x",
-            "1990-91",
-            "don't",
-            "12,000",
-            "3.5 km",
-            "a, b. c",
-            "go (x)",
-        ):
-            written = one.decode(one(text)["input_ids"], skip_special_tokens=True)
-            assert written.replace("( x )", "(x)") == text
+        for text in ("read_all", "__init_subclass__", "_x", "1990-91", "don't", "12,000", "3.5 km", "a, b. c"):
+            assert one.decode(one(text)["input_ids"], skip_special_tokens=True) == text
 
 
 def test_it_learns_to_copy_what_it_reads(tiny_encoder: str) -> None:
