@@ -28,7 +28,7 @@ judgement   evaluation
 training    training planning adaptation
 upgrade     index_upgrade
 reading     rag
-leaves      cli
+leaves      cli integrations
 """
 LEVELS = {line.split()[0]: line.split()[1:] for line in ORDER.strip().splitlines()}
 UNITS = [unit for units in LEVELS.values() for unit in units]
