@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from model_helpers import HIDDEN, byte_bpe_tokenizer, wordpiece_tokenizer
 from transformers import (
     BertConfig,
@@ -25,6 +27,8 @@ from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.text_encoding import Tokens
 from hf_corrector.rag.modeling_rag import RetrievalAugmentedModel
 from hf_corrector.rag.passages import RetrievedTargets, distinct_rows
+from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
+from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
 from hf_corrector.sampling import Candidates
 
 KINDS = ("gpt2", "llama", "t5", "bert2bert")
@@ -110,3 +114,32 @@ def retrieved_of(
     if fresh:
         return RetrievedTargets(candidates, places, words, tokens=tokens)
     return RetrievedTargets(candidates, places, words, vectors=model.retriever.encode_target(chosen))
+
+
+COLOURS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")
+THINGS = ("cat", "dog", "house", "tree", "river", "stone")
+
+
+def question_data() -> tuple[Dataset, Dataset, Dataset]:
+    """Return targets, training questions and test questions; the answer is the colour of a thing."""
+    pairs = [(colour, thing) for colour in COLOURS for thing in THINGS]
+    targets = [{"id": f"t{n}", "text": f"the {two} number {n} is {one}"} for n, (one, two) in enumerate(pairs)]
+    questions = [
+        {"query_id": f"q{n}", "query": f"which colour has {two} {n}", "answers": [one], "positive_ids": [f"t{n}"]}
+        for n, (one, two) in enumerate(pairs)
+    ]
+    return Dataset.from_list(targets), Dataset.from_list(questions[:36]), Dataset.from_list(questions[36:])
+
+
+def rag_trainer(model: Any, out: Path, **changes: Any) -> RetrievalAugmentedTrainer:
+    """Make a trainer of a few steps over the questions above."""
+    settings: dict[str, Any] = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "num_passages": 3, "learning_rate": 1e-3, "logging_steps": 1,
+        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "corrector_warmup_steps": 1,
+        "corrector_update_steps": 2, "seed": 3, "scan": "full",
+    }  # fmt: skip
+    if changes.get("objective") == "generator_only":
+        settings["staleness"] = "ignore"
+    targets, train, test = question_data()
+    args = RetrievalAugmentedTrainingArguments(str(out), **{**settings, **changes})
+    return RetrievalAugmentedTrainer(model, args, train_dataset=train, targets=targets, eval_dataset=test)

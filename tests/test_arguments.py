@@ -7,15 +7,15 @@ from transformers import HfArgumentParser
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.configuration_corrector import ACTIVATIONS, KINDS
 from hf_corrector.sampling import NegativeFilter
-from hf_corrector.training.arguments import (
+from hf_corrector.training.argument_checks import (
     CACHE_DTYPES,
     NEGATIVES,
     SCAN_DTYPES,
     SCANS,
     STALENESS,
     WARMUP_NEGATIVES,
-    DualEncoderTrainingArguments,
 )
+from hf_corrector.training.arguments import DualEncoderTrainingArguments
 
 
 def arguments(tmp_path: Path, **changes: Any) -> DualEncoderTrainingArguments:
@@ -175,7 +175,7 @@ def test_arguments_are_read_from_a_command_line(tmp_path: Path) -> None:
 
 
 def test_every_new_argument_is_explained() -> None:
-    inherited = DualEncoderTrainingArguments.__mro__[1].__dataclass_fields__
+    inherited = DualEncoderTrainingArguments.__mro__[2].__dataclass_fields__
     for name, field in DualEncoderTrainingArguments.__dataclass_fields__.items():
         if name not in inherited:
             assert field.metadata["help"].endswith("."), name

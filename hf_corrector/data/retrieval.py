@@ -143,11 +143,7 @@ def validate(data: RetrievalData, *, name: str | None = None) -> None:
     Raises:
         DataError: At the first thing that is wrong, naming the split and the row.
     """
-    _check_columns(data.corpus, "corpus", TARGET_FEATURES)
-    if not len(data.corpus):
-        raise DataError("corpus", expected="at least one target", got="none", cure="Add targets.")
-    target_ids = _unique(data.corpus, "id", where="corpus")
-    _check_texts(data.corpus, "text", where="corpus")
+    target_ids = validate_corpus(data.corpus)
     if not data.splits:
         raise DataError("data", expected="a train, dev or test split", got="none of them", cure="Give at least one.")
     for usual_name, split in data.splits.items():
@@ -159,6 +155,20 @@ def validate(data: RetrievalData, *, name: str | None = None) -> None:
         _check_optional_types(split, where)
         _check_given(split, where, target_ids)
         _check_answers(split, where)
+
+
+def validate_corpus(corpus: Dataset) -> set[str]:
+    """Check targets: columns, unique ids, at least one of them; and return their ids.
+
+    Raises:
+        DataError: At the first thing that is wrong.
+    """
+    _check_columns(corpus, "corpus", TARGET_FEATURES)
+    if not len(corpus):
+        raise DataError("corpus", expected="at least one target", got="none", cure="Add targets.")
+    target_ids = _unique(corpus, "id", where="corpus")
+    _check_texts(corpus, "text", where="corpus")
+    return target_ids
 
 
 def _check_columns(dataset: Dataset, where: str, features: Features) -> None:

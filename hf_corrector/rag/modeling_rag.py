@@ -18,6 +18,13 @@ from hf_corrector.models.text_encoding import Tokens
 from hf_corrector.rag import objectives
 from hf_corrector.rag.adapters import put_on
 from hf_corrector.rag.configuration_rag import RetrievalAugmentedConfig
+from hf_corrector.rag.generation import (
+    AnsweredQuestion,
+    AnswerLikelihoods,
+    GenerationOptions,
+    generate_answers,
+    likelihoods_of_answers,
+)
 from hf_corrector.rag.objectives import JointReading, LossParts, Objective
 from hf_corrector.rag.passages import CandidateFn, RetrievedTargets
 from hf_corrector.rag.reader_inputs import ReaderTokenizer, unpad
@@ -124,6 +131,11 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
         return self.retriever.config.scale if self.log_scale is None else self.log_scale.float().exp()
 
     @property
+    def scale_now(self) -> float:
+        """The same as a plain number."""
+        return self.retriever.config.scale if self.log_scale is None else float(self.log_scale.detach().float().exp())
+
+    @property
     def reader(self) -> ReaderTokenizer:
         """The reader's tokenizer, as prompts and answers go through it.
 
@@ -139,6 +151,16 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
         if self._reader is None or self._reader.tokenizer is not tokenizer:
             self._reader = ReaderTokenizer(tokenizer, self.config)
         return self._reader
+
+    def check_reader(self) -> None:
+        """Refuse a prompt that leaves no room (ConfigurationError)."""
+        _ = self.reader
+
+    def freeze_retriever(self) -> None:
+        """Keep the retriever and the scale as they are; a state of the object, which a loaded model does not have."""
+        self.retriever.requires_grad_(False)
+        if self.log_scale is not None:
+            self.log_scale.requires_grad_(False)
 
     def forward(
         self,
@@ -175,7 +197,7 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
             with torch.autocast(queries.device.type, enabled=False):
                 # What is drawn must not depend on the rounding of half-precision scores.
                 retrieved = candidate_fn(queries.detach().float())
-            targets = self._target_vectors(retrieved, queries, sizes.retriever)
+            targets = self.target_vectors(retrieved, queries, mini_batch_size=sizes.retriever)
             log_prior = self.log_prior(queries, targets, retrieved)
         read = unpad(reader_questions["input_ids"], reader_questions["attention_mask"])
         wanted = unpad(answers["input_ids"], answers["attention_mask"])
@@ -188,12 +210,14 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
             query_embeddings=queries.detach(), target_embeddings=targets.detach(),
         )  # fmt: skip
 
-    def _target_vectors(
-        self, retrieved: RetrievedTargets, queries: torch.Tensor, mini_batch_size: int | None
+    def target_vectors(
+        self, retrieved: RetrievedTargets, queries: torch.Tensor, *, mini_batch_size: int | None = None
     ) -> torch.Tensor:  # fmt: skip
-        if retrieved.tokens is None:
-            return retrieved.vectors.detach().to(queries.device).float()  # type: ignore[union-attr]
-        return self.retriever.embed_in_parts(retrieved.tokens, "target", mini_batch_size=mini_batch_size)
+        """Return the vectors of the distinct targets, encoded where they are not given, ``(m, dim)``."""
+        if retrieved.vectors is not None:
+            return retrieved.vectors.detach().to(queries.device).float()
+        tokens = {name: one.to(self.device) for name, one in (retrieved.tokens or {}).items()}
+        return self.retriever.embed_in_parts(tokens, "target", mini_batch_size=mini_batch_size)
 
     def log_prior(self, queries: torch.Tensor, targets: torch.Tensor, retrieved: RetrievedTargets) -> torch.Tensor:
         """Return log P(y|x) over each query's passages, ``(batch, k)`` float32, −inf where masked.
@@ -288,3 +312,16 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
                 yield
         finally:
             self.train(was_training)
+
+    def generate(
+        self, questions: Sequence[str], candidate_fn: CandidateFn, *, options: GenerationOptions | None = None
+    ) -> list[AnsweredQuestion]:
+        """Answer questions, see :func:`~hf_corrector.rag.generation.generate_answers`."""
+        return generate_answers(self, questions, candidate_fn, options=options)
+
+    def answer_log_likelihoods(
+        self, questions: Sequence[str], answers: Sequence[str], candidate_fn: CandidateFn, *,
+        options: GenerationOptions | None = None,
+    ) -> AnswerLikelihoods:  # fmt: skip
+        """Weigh given answers, see :func:`~hf_corrector.rag.generation.likelihoods_of_answers`."""
+        return likelihoods_of_answers(self, questions, answers, candidate_fn, options=options)

@@ -219,7 +219,7 @@ class ReaderTokenizer:
         elif len(texts):
             found = self.tokenizer(
                 text_target=[config.answer_prefix + text for text in texts], verbose=False, padding=False
-            )["input_ids"]
+            )["input_ids"]  # fmt: skip
         for number, (text, tokens) in enumerate(zip(texts, found, strict=True)):
             if tokens and tokens[0] == self.format.start:
                 # Decoders start from it anyway.

@@ -52,7 +52,7 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
     config: RetrievalAugmentedConfig
     retriever: DualEncoderModel
     generator: PreTrainedModel
-    log_scale: torch.nn.Parameter | None
+    scale_now: float
     reader_tokenizer: PreTrainedTokenizerBase | None
     _trainable: dict[str, frozenset[str]]
 
@@ -98,6 +98,7 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
         model = cls(resolved(config, reader_tokenizer), inner, reader)
         model.reader_tokenizer = reader_tokenizer
         _check_lengths(model.config, reader.config)
+        model.check_reader()
         return model.eval()
 
     @classmethod
@@ -150,6 +151,10 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
         model.reader_tokenizer = tokenizer(READER_TOKENIZER_FOLDER)
         return model
 
+    def check_reader(self) -> None:
+        """Refuse a prompt that leaves no room (ConfigurationError)."""
+        raise NotImplementedError
+
     def restore_trainable(self) -> None:
         """Let those weights ask for gradients that did when the parts were composed; loading forgets it."""
         for part, names in self._trainable.items():
@@ -179,8 +184,7 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
                 "save_pretrained", expected="no push_to_hub: it would upload without tokenizers and corrector",
                 got="push_to_hub=True", cure="Call model.push_to_hub(repo_id), which uploads all of them.",
             )  # fmt: skip
-        if self.log_scale is not None:
-            self.retriever.config.scale = float(self.log_scale.detach().exp())
+        self.retriever.config.scale = self.scale_now
         super().save_pretrained(save_directory, *args, **kwargs)
         if not kwargs.get("is_main_process", True):
             return

@@ -162,6 +162,11 @@ class CheckpointingTrainer(Trainer):
         output_dir, adapted = Path(str(self.args.output_dir)), isinstance(self.model, PeftModel)
         for folder in (output_dir, *output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
             check_folder(folder, adapted=adapted)
+        self.check_adapters()
+
+    def check_adapters(self) -> None:
+        """Refuse adapters that could not be loaded again (ConfigurationError); called before training."""
+        adapted = isinstance(self.model, PeftModel)
         if not adapted and self.model is not None and adapted_layers(self.model):
             raise ConfigurationError(
                 "model", expected="a whole model, or a PeftModel", got="a model whose adapter is loaded, not trained",

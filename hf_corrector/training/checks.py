@@ -28,6 +28,7 @@ from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.side_features import DEFAULT_BIGRAM_BUCKETS, TokenCounts
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.cache_arguments import CacheTrainingArguments
 
 Splits: TypeAlias = Dataset | dict[str, Dataset] | None
 
@@ -99,9 +100,7 @@ def check_given(train: Dataset | None, args: DualEncoderTrainingArguments) -> No
             )  # fmt: skip
 
 
-def attach_corrector(
-    model: DualEncoderModel, args: DualEncoderTrainingArguments, cache: TargetCache | None = None
-) -> None:
+def attach_corrector(model: DualEncoderModel, args: CacheTrainingArguments, cache: TargetCache | None = None) -> None:
     """Give the model the corrector the arguments ask for, keeping the one it has where it is of that form.
 
     Args:
@@ -140,7 +139,14 @@ def rows_to_hold_out(splits: tuple[Dataset, ...], targets: Dataset) -> torch.Ten
 
     Texts count as the same whatever their case and spaces: being fitted on a copy is being fitted on the original.
     """
-    rows = {row for split in splits for known in positives_as_rows(split, targets) for row in known}
+    for number, split in enumerate(splits):
+        if "positive_ids" not in split.column_names:
+            raise DataError(
+                f"hold_out, split {number}", expected="the column 'positive_ids'", got=f"{split.column_names}",
+                cure="Hold out splits whose positives are known; of others nothing can be held out.",
+            )  # fmt: skip
+    judged = [with_optional_columns(split) for split in splits]
+    rows = {row for split in judged for known in positives_as_rows(split, targets) for row in known}
     texts = [" ".join(text.lower().split()) for text in column(targets, "text")]
     wanted = {texts[row] for row in rows}
     return torch.tensor([row for row, text in enumerate(texts) if text in wanted], dtype=torch.int64)

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
-from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
-from hf_corrector._distributed import is_main
-from hf_corrector._files import read_json, write_json
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.collators import PairCollator, PairDataset
 from hf_corrector.data.judgements import given_negatives_as_rows, teacher_scores_as_rows
 from hf_corrector.data.retrieval import column, positives_as_rows
-from hf_corrector.encoding import build_cache, tokenize_texts
-from hf_corrector.errors import ConfigurationError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.staleness import StalenessReport
-from hf_corrector.models.adapters import freeze_targets
 from hf_corrector.models.contrast import SampledTargets
-from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel
-from hf_corrector.records import COSTS
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.training import checks
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
-from hf_corrector.training.callbacks import StalenessCallback
-from hf_corrector.training.checkpointing import CheckpointingTrainer
-from hf_corrector.training.judging import RunJudge
-from hf_corrector.training.live_cache import STATE_FILE, LiveCache, encode_options_of, settings_of
-from hf_corrector.training.refresh_schedule import RefreshSchedule
+from hf_corrector.training.cache_trainer import CacheTrainer, RunTargets
 from hf_corrector.training.target_choice import Choice, Judgements, TargetChooser
-from hf_corrector.training.target_source import TargetSource
 
 logger = logging.get_logger(__name__)
 
 
-class DualEncoderTrainer(CheckpointingTrainer):
+class DualEncoderTrainer(CacheTrainer):
     """Train a dual encoder, and with ``staleness="corrector"`` the corrector that keeps its cache usable.
 
     Each step samples targets for every query from the whole cache (through the corrector), re-encodes only those with
@@ -89,146 +74,29 @@ class DualEncoderTrainer(CheckpointingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        self.encoder = checks.check_types(model, args)
+        encoder = checks.check_types(model, args)
         train_dataset, targets, eval_dataset = checks.check_data(train_dataset, targets, eval_dataset)
         checks.check_given(train_dataset, args)
-        if target_cache is not None:
-            checks.check_given_cache(target_cache, targets, self.encoder)
-        self.targets, self._given_cache = targets, target_cache
-        checks.attach_corrector(self.encoder, args, target_cache)
-        if not args.train_targets:
-            freeze_targets(self.encoder)
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            data_collator=cast(
-                Any, PairCollator(self.encoder.pad_token_id("query"), self.encoder.pad_token_id("target"))
-            ),
+            model, args, RunTargets(encoder, targets, target_cache),
+            train_dataset=train_dataset, eval_dataset=eval_dataset,
+            data_collator=cast(Any, PairCollator(encoder.pad_token_id("query"), encoder.pad_token_id("target"))),
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
-        self.add_callback(StalenessCallback(self))
-        self.live_cache: LiveCache | None = None
-        self._held_out: torch.Tensor | None = None
-        self.cost = dict.fromkeys(COSTS, 0)
-        self._schedule = RefreshSchedule.parse(args.refresh_steps)
-        self._resumed_from: Path | None = None
-        self._resumed_with_cache = False
-        self._pairs: PairDataset | None = None
-        self._prepared = False
 
-    # ------------------------------------------------------------------ phases
-
-    def prepare(self) -> None:
-        """Tokenise the corpus and the queries, and make or open the cache; done once, also by :meth:`train`.
-
-        Raises:
-            CacheMismatchError: If the cache folder holds vectors of another encoder or other texts.
-            CheckpointError: If a run is resumed and its cache is no longer there.
-        """
-        if self._prepared:
-            return
-        out, progress = Path(str(self.args.output_dir)), not self.args.disable_tqdm
-        out.mkdir(parents=True, exist_ok=True)
-        self.tokens = tokenize_texts(
-            self.encoder, column(self.targets, "text"), "target", out / "tokens" / "targets", progress=progress
-        )
-        if self._resumed_from is not None and self._resumed_with_cache:
-            self.live_cache = LiveCache.reopen(self._resumed_from, self.encoder, self.args, held_out=self._held_out)
-        elif self.args.needs_cache or self._given_cache is not None:
-            self.build_cache()
-        if self.train_dataset is not None:
-            queries = tokenize_texts(
-                self.encoder,
-                column(self.train_dataset, "query"),
-                "query",
-                out / "tokens" / "queries",
-                progress=progress,
-            )
-            judgements = Judgements(
-                positives_as_rows(self.train_dataset, self.targets),
-                given_negatives_as_rows(self.train_dataset, self.targets),
-                teacher_scores_as_rows(self.train_dataset, self.targets),
-            )
-            self._pairs = PairDataset(
-                judgements.positives, queries, self.tokens, one_example_per_query=self.args.several_positives
-            )
-            self._source = TargetSource(self.encoder, self.args, self.tokens, self.cost)
-            self._chooser = TargetChooser(self.encoder, self.args, self.tokens, judgements=judgements)
-        self._prepared = True
-
-    def hold_out(self, *splits: Dataset) -> None:
-        """Keep the positives of these queries out of the corrector's pairs, so that all of them can judge it.
-
-        The encoder may still meet these targets as negatives; only the corrector never sees where they went. Without
-        it, a judgement leaves out the queries whose positives happened to be fitted on.
-
-        Raises:
-            ConfigurationError: If the corrector may have been fitted already.
-        """
-        if self._prepared:
-            raise ConfigurationError(
-                "hold_out", expected="a call before prepare() and train()", got="one after", cure="Call it earlier."
-            )
-        self._held_out = checks.rows_to_hold_out(splits, self.targets)
-
-    def build_cache(self) -> TargetCache:
-        """Make the cache from the model as it is, or take the one that was given."""
-        if self._given_cache is not None:
-            made_by = self.encoder.fingerprint("target").weights
-            self.live_cache = LiveCache(
-                self._given_cache, self.encoder, self.args, held_out=self._held_out,
-                from_start=self._given_cache.fingerprint.weights == made_by,
-            )  # fmt: skip
-            return self._given_cache
-        default = Path(str(self.args.output_dir)) / "cache"
-        built = build_cache(
-            self.encoder, self.targets, Path(self.args.cache_dir or default), tokens=self.tokens,
-            options=encode_options_of(self.args),
+    def prepare_queries(self, split: Dataset) -> PairDataset:
+        """Tokenise the queries and take up what the data say about them."""
+        judgements = Judgements(
+            positives_as_rows(split, self.targets), given_negatives_as_rows(split, self.targets),
+            teacher_scores_as_rows(split, self.targets),
         )  # fmt: skip
-        self.cost["initial_target_passes"] += built.encoded
-        self.live_cache = LiveCache(built.cache, self.encoder, self.args, held_out=self._held_out)
-        # These vectors are the model's own, so whatever corrector it came with has nothing to correct.
-        self.live_cache.reset_corrector()
-        return built.cache
-
-    def refresh_cache(self) -> TargetCache:
-        """Encode all targets anew with the current weights; the corrector starts again at the identity."""
-        live = self._need_cache("refresh_cache")
-        with self.step_log.phase("refresh"):
-            self.cost["refresh_target_passes"] += live.refresh(self.targets, self.tokens)
-        return live.cache
-
-    def _need_cache(self, who: str) -> LiveCache:
-        self.prepare()
-        if self.live_cache is None:
-            raise ConfigurationError(
-                who, expected="a cache", got="none: training needs none with these arguments",
-                cure="Call build_cache() before train().",
-            )  # fmt: skip
-        return self.live_cache
+        self._chooser = TargetChooser(self.encoder, self.args, self.tokens, judgements=judgements)
+        return PairDataset(
+            judgements.positives, self.tokenize_queries(column(split, "query")), self.tokens,
+            one_example_per_query=self.args.several_positives,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ one step
-
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
-        """Return batches of tokenised (query, positive) pairs; every judgement is one example."""
-        if self.train_dataset is None:
-            raise ConfigurationError(
-                "DualEncoderTrainer.train", expected="a train_dataset", got="None", cure="Pass one to the trainer."
-            )
-        self.prepare()
-        loader: torch.utils.data.DataLoader[Any] = self._get_dataloader(
-            dataset=cast(Any, self._pairs), description="Training", batch_size=self._train_batch_size,
-            sampler_fn=cast(Any, self._get_train_sampler), is_training=True,
-        )  # fmt: skip
-        return loader
-
-    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Do one forward and backward pass and let the corrector follow."""
-        with self.step_log.phase("step"):
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-            if self.live_cache is not None and self.accelerator.sync_gradients:
-                with self.step_log.phase("corrector"):
-                    self.live_cache.update_corrector(self.state.global_step, self._get_learning_rate())
-        return loss
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -241,9 +109,9 @@ class DualEncoderTrainer(CheckpointingTrainer):
                 choice = self._chooser.choose(
                     query_embeddings,
                     inputs,
-                    scan=self._source.scan(self.live_cache, self.state.global_step),
+                    scan=self.source.scan(self.live_cache, self.state.global_step),
                     step=self.state.global_step,
-                    cached=self._source.cached(self.live_cache),
+                    cached=self.source.cached(self.live_cache),
                 )
             chosen.append(choice)
             return choice.part
@@ -260,85 +128,17 @@ class DualEncoderTrainer(CheckpointingTrainer):
         if self.live_cache is not None and args.train_targets:
             with self.step_log.phase("corrector"):
                 fresh = outputs.target_embeddings.detach().float()
-                self.live_cache.learn_from(choice, fresh, step=self.state.global_step, log=self.step_log)
+                self.live_cache.learn_from(choice.encoded(args), fresh, step=self.state.global_step, log=self.step_log)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Estimate the operations of a step; transformers' own expects a single tensor of tokens."""
-        return self.encoder.floating_point_ops(inputs)
-
-    def start_following(self) -> None:
-        """Forget pairs of an earlier call of :meth:`train`, whose steps were counted from zero too."""
-        if self.args.corrector_warmup_steps >= self.state.max_steps and self.args.uses_corrector:
-            logger.warning("corrector_warmup_steps is not below max_steps: the corrector is fitted but never used.")
-        if self.live_cache is not None and self.live_cache.online is not None and self.state.global_step == 0:
-            self.live_cache.online.window.clear()
-
-    def _load_best_model(self) -> None:
-        """Restore with the best weights the cache and the corrector's pairs that belong to them."""
-        super()._load_best_model()
-        if self.live_cache is not None:
-            folder = Path(str(self.state.best_model_checkpoint))
-            self.live_cache = LiveCache.reopen(folder, self.encoder, self.args, held_out=self._held_out)
-
-    def after_step(self, step: int) -> None:
-        """Refresh the cache if the schedule or an alarm says so; called after every optimiser step."""
-        live = self.live_cache
-        if live is None or step >= self.state.max_steps:
-            return
-        asked = "none" if live.watch is None else live.watch.asked()
-        if self._schedule.due(step) or asked == "refresh":
-            self.refresh_cache()
-        elif asked == "refit":
-            live.refit()
-
-    def finish_corrector(self) -> None:
-        """Fit the corrector to the last window once more; called when training ends."""
-        if self.live_cache is not None:
-            self.live_cache.finish_corrector()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the means observed since the last time."""
-        super().log({**logs, **self.step_log.drain()} if "loss" in logs else logs, start_time)
 
     # ------------------------------------------------------------------ judgement
 
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Search the targets as training sees them (corrected, or as cached) and log the quality.
+    def quality_of(self, split: Dataset) -> dict[str, float]:
+        """Search the targets as training sees them (corrected, or as cached) and return the quality.
 
         Costs one pass per query and none per target, unless training needs no cache: then all targets are encoded.
-
-        Args:
-            eval_dataset: Queries; the trainer's own if not given.
-            ignore_keys: Not used; part of transformers' signature.
-            metric_key_prefix: Put before the names of the metrics.
-
-        Returns:
-            ``{"eval_mrr@10": …, "eval_recall@10": …, …}``.
         """
-        split = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(split, dict):
-            metrics: dict[str, float] = {}
-            for name, one in split.items():
-                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if split is None:
-            raise ConfigurationError(
-                "evaluate", expected="an eval_dataset", got="None", cure="Pass one to the trainer or to evaluate()."
-            )
-        self.prepare()
-        started = time.time()
-        found = self.run_judge.search_quality(split, self.live_cache)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(column(split, "query")))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.run_judge.search_quality(split, self.live_cache)
 
     def judge(
         self, split: Dataset, *, old_model: DualEncoderModel | None = None, options: JudgeOptions | None = None
@@ -353,41 +153,5 @@ class DualEncoderTrainer(CheckpointingTrainer):
         Raises:
             CacheMismatchError: If ``old_model`` is not the encoder that made the first cache.
         """
-        live = self._need_cache("judge")
+        live = self.need_cache("judge")
         return self.run_judge.measure(split, live, old_model=old_model, options=options)
-
-    @property
-    def scan_said(self) -> str:
-        """How training looked at all targets and why; empty where it looked at none."""
-        return self._source.said if self._pairs is not None else ""
-
-    @property
-    def fitted_rows(self) -> np.ndarray:
-        """Rows of the targets the corrector was fitted on, ``(n,)`` int64; none without a corrector."""
-        return np.zeros(0, dtype=np.int64) if self.live_cache is None else self.live_cache.fitted_rows
-
-    @property
-    def run_judge(self) -> RunJudge:
-        """What measures this run."""
-        return RunJudge(self.encoder, self.args, self.targets, self.tokens, self.cost)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def save_extra_state(self, folder: Path) -> None:
-        """Write costs, caches and the corrector's pairs into a checkpoint."""
-        if self.live_cache is None and is_main():
-            write_json(folder / STATE_FILE, {"cost": self.cost, "caches": [], "settings": settings_of(self.args)})
-        elif self.live_cache is not None:
-            self.live_cache.save(folder, self.cost)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model, tokenizers and corrector, with which targets the corrector was fitted on."""
-        super().save_model(output_dir, _internal_call)
-        if self.live_cache is not None and self.args.should_save:
-            self.live_cache.note_fitted(Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER)
-
-    def load_extra_state(self, folder: Path) -> None:
-        """Read costs; caches and pairs are restored by :meth:`prepare`."""
-        state = read_json(folder / STATE_FILE)
-        self.cost = {**dict.fromkeys(COSTS, 0), **state["cost"]}
-        self._resumed_from, self._resumed_with_cache, self._prepared = folder, bool(state["caches"]), False

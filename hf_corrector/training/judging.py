@@ -21,7 +21,7 @@ from hf_corrector.index.exact import ExactIndex
 from hf_corrector.metrics import quality
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.training import checks
-from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.cache_arguments import CacheTrainingArguments
 from hf_corrector.training.live_cache import LiveCache, compute_dtype_of, encode_options_of
 
 
@@ -40,7 +40,7 @@ class RunJudge:
     """
 
     model: DualEncoderModel
-    args: DualEncoderTrainingArguments
+    args: CacheTrainingArguments
     targets: Dataset
     tokens: TokenStore
     cost: dict[str, int]

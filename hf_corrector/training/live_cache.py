@@ -26,16 +26,15 @@ from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.records import FittedTargets
 from hf_corrector.scans import BlockScan, PooledScan, ScanPlan, ShortlistScan, TargetScan, stale_index
 from hf_corrector.training.ages import Ages
-from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.cache_arguments import CacheTrainingArguments
 from hf_corrector.training.checkpointing import remove_folder
 from hf_corrector.training.corrector_exchange import send_corrector
 from hf_corrector.training.corrector_fit import CorrectorFitting
 from hf_corrector.training.corrector_trainer import OnlineCorrector, OnlineTargets
 from hf_corrector.training.drift_watch import DriftWatch
 from hf_corrector.training.run_sides import carry_side, side_of
-from hf_corrector.training.step_fidelity import sampling_variation
+from hf_corrector.training.step_fidelity import StepTargets, sampling_variation
 from hf_corrector.training.step_log import StepLog
-from hf_corrector.training.target_choice import Choice
 
 STATE_FILE = "corrector_state.json"
 STATE_TENSORS = "corrector_state.safetensors"
@@ -66,7 +65,7 @@ class LiveCache:
         self,
         cache: TargetCache,
         model: DualEncoderModel,
-        args: DualEncoderTrainingArguments,
+        args: CacheTrainingArguments,
         *,
         first: TargetCache | None = None,
         held_out: torch.Tensor | None = None,
@@ -128,42 +127,41 @@ class LiveCache:
                 return BlockScan(targets, plan, scratch=Path(str(self._args.output_dir)) / SCAN_FILE)
 
     @torch.no_grad()
-    def learn_from(self, choice: Choice, fresh: torch.Tensor, *, step: int, log: StepLog) -> None:
+    def learn_from(self, targets: StepTargets, fresh: torch.Tensor, *, step: int, log: StepLog) -> None:
         """Log how stale the targets of a step were, and hand them to the corrector as pairs.
 
         Args:
-            choice: Which targets the step encoded, on all processes.
+            targets: Which targets the step encoded, on all processes.
             fresh: Their embeddings, ``(columns, dim)`` float32.
             step: Optimiser steps done before.
             log: Takes the cosines, the residual on uniform rows before the corrector has seen them, and how far the
-                distribution negatives are drawn from is from the exact one.
+                distribution targets are drawn from is from the exact one.
         """
-        contrast = choice.contrast
-        stale = self.cache.gather(contrast.rows).to(fresh.device)
+        stale = self.cache.gather(targets.rows).to(fresh.device)
         corrected, count = stale, len(fresh)
         if stale.shape == fresh.shape:
             log.observe("cosine_stale_fresh", float(F.cosine_similarity(stale, fresh).mean()), count=count)
         if self.online is not None:
             side = self.online.targets.side
-            beside = None if side is None else side.gather(contrast.rows).to(fresh.device)
+            beside = None if side is None else side.gather(targets.rows).to(fresh.device)
             corrected = self.online.corrector(stale, beside)
             log.observe("cosine_corrected_fresh", float(F.cosine_similarity(corrected, fresh).mean()), count=count)
             if is_main():
-                self.online.observe(contrast.rows, fresh, step=step)
-        seen = self._seen(contrast.rows, stale, corrected)
+                self.online.observe(targets.rows, fresh, step=step)
+        seen = self._seen(targets.rows, stale, corrected)
         if seen.shape != fresh.shape:
             return
-        uniform = contrast.uniform.to(fresh.device)
+        uniform = targets.uniform.to(fresh.device)
         if uniform.any():
             residuals = (seen - fresh)[uniform].square().sum(dim=1)
             log.observe("residual_uniform", float(residuals.mean()), count=len(residuals))
             if self.watch is not None:
                 self.watch.observe(residuals, log)
         # Reranking draws by scores the encoder has just made: there is nothing stale to measure.
-        drawn = choice.sampled is not None and choice.sampled.log_normalizer is not None
+        drawn = targets.sampled is not None and targets.sampled.log_normalizer is not None
         if drawn and self._args.staleness != "rerank":
             variation = sampling_variation(
-                choice, seen, fresh, scale=self._model.config.scale, args=self._args, num_targets=len(self.cache)
+                targets, seen, fresh, scale=self._model.config.scale, num_targets=len(self.cache)
             )
             log.observe("sampling_tv", float(variation.mean()), count=len(variation))
 
@@ -297,7 +295,7 @@ class LiveCache:
             {"path": os.path.relpath(one.path.resolve(), folder.resolve()), "checksum": one.manifest.checksum}
             for one in (self.first, self.cache)
         ]
-        state = {"cost": cost, "caches": named, "settings": settings_of(self._args), "from_start": self._from_start}
+        state = {"cost": cost, "caches": named, "settings": self._args.resume_settings, "from_start": self._from_start}
         write_json(folder / STATE_FILE, state)
 
     @classmethod
@@ -305,7 +303,7 @@ class LiveCache:
         cls,
         folder: Path,
         model: DualEncoderModel,
-        args: DualEncoderTrainingArguments,
+        args: CacheTrainingArguments,
         *,
         held_out: torch.Tensor | None = None,
     ) -> LiveCache:
@@ -315,7 +313,7 @@ class LiveCache:
             CheckpointError: If a cache is gone or was replaced.
         """
         state = read_json(folder / STATE_FILE)
-        named, settings = state["caches"], settings_of(args)
+        named, settings = state["caches"], args.resume_settings
         if state["settings"] != settings:
             raise CheckpointError(
                 str(folder), expected=f"the arguments it was written with, {state['settings']}", got=str(settings),
@@ -337,15 +335,6 @@ def _cache_path(folder: Path, entry: dict[str, str]) -> Path:
     return (folder / entry["path"]).resolve()
 
 
-def settings_of(args: DualEncoderTrainingArguments) -> dict[str, str]:
-    """Return the arguments a checkpoint's state depends on; it cannot be resumed with others."""
-    return {
-        "negatives": args.negatives, "staleness": args.staleness,
-        "corrector_kind": args.corrector_kind if args.uses_corrector else "none",
-        "corrector_side": str(args.corrector_side) if args.uses_corrector else "none",
-    }  # fmt: skip
-
-
 def _open_named(folder: Path, entry: dict[str, str]) -> TargetCache:
     path = _cache_path(folder, entry)
     if not path.is_dir():
@@ -362,12 +351,12 @@ def _open_named(folder: Path, entry: dict[str, str]) -> TargetCache:
     return cache
 
 
-def compute_dtype_of(args: DualEncoderTrainingArguments) -> str:
+def compute_dtype_of(args: CacheTrainingArguments) -> str:
     """Return the arithmetic of the encoder, as ``--bf16`` and ``--fp16`` say."""
     return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
 
 
-def encode_options_of(args: DualEncoderTrainingArguments) -> EncodeOptions:
+def encode_options_of(args: CacheTrainingArguments) -> EncodeOptions:
     """Return how a run encodes its corpus."""
     return EncodeOptions(
         cache_dtype=args.cache_dtype, compute_dtype=compute_dtype_of(args), token_budget=args.token_budget,
@@ -375,7 +364,7 @@ def encode_options_of(args: DualEncoderTrainingArguments) -> EncodeOptions:
     )  # fmt: skip
 
 
-def fitting_of(args: DualEncoderTrainingArguments) -> CorrectorFitting:
+def fitting_of(args: CacheTrainingArguments) -> CorrectorFitting:
     """Return how a run fits its corrector."""
     return CorrectorFitting(
         window=args.corrector_window, update_steps=args.corrector_update_steps,

@@ -14,12 +14,12 @@ from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.shared_writing import seen_by_all
 from hf_corrector.side_features import DenseSide, SideFeatures, TokenCounts, mean_word_embeddings
-from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.cache_arguments import CacheTrainingArguments
 
 _MEAN_ROWS = 65_536
 
 
-def side_of(cache: TargetCache, model: DualEncoderModel, args: DualEncoderTrainingArguments) -> SideFeatures | None:
+def side_of(cache: TargetCache, model: DualEncoderModel, args: CacheTrainingArguments) -> SideFeatures | None:
     """Open the side features a run's corrector reads; word embeddings are stored when they are first asked for.
 
     Raises:

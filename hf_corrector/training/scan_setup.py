@@ -10,7 +10,7 @@ from hf_corrector._distributed import broadcast_object, is_main
 from hf_corrector.data.tokens import TokenStore
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.scans import ScanPlan, ScanTask, choose_scan, correction_ops, fast_in_bfloat16
-from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.cache_arguments import CacheTrainingArguments
 from hf_corrector.training.live_cache import LiveCache
 
 # Below this many targets a scan is so short that rounding its scores buys nothing.
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 def plan_scan(
-    model: DualEncoderModel, args: DualEncoderTrainingArguments, live: LiveCache, tokens: TokenStore
+    model: DualEncoderModel, args: CacheTrainingArguments, live: LiveCache, tokens: TokenStore
 ) -> tuple[ScanPlan, str]:  # fmt: skip
     """Decide how the targets are looked at, the same on every process, and say in a sentence what was decided."""
     dtype = args.scan_dtype
@@ -40,11 +40,11 @@ def plan_scan(
 
 
 def scan_task(
-    model: DualEncoderModel, args: DualEncoderTrainingArguments, live: LiveCache, *, mean_tokens: float
+    model: DualEncoderModel, args: CacheTrainingArguments, live: LiveCache, *, mean_tokens: float
 ) -> ScanTask:  # fmt: skip
     """Describe what a scan of this run has to do, and how long its steps take besides."""
     own = args.per_device_train_batch_size
-    texts = own * (2 + args.num_negatives) if args.train_targets else own
+    texts = own * args.texts_per_query
     weights = model.target_encoder.num_parameters(exclude_embeddings=True)
     gradient = live.online is not None and args.corrector_fit == "gradient"
     return ScanTask(

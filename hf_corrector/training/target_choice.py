@@ -28,6 +28,7 @@ from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.sampling import DrawKeys, ExcludedRows
 from hf_corrector.scans import TargetScan
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.step_fidelity import StepTargets
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ class Choice:
     excluded: ExcludedRows
     sampled: Sampled | None
     part: SampledTargets
+
+    def encoded(self, args: DualEncoderTrainingArguments) -> StepTargets:
+        """Return the targets as the corrector and the log take them."""
+        by_chance = args.num_negatives * args.uniform_fraction
+        return StepTargets(
+            self.contrast.rows, self.contrast.uniform, self.contrast.certain, self.queries, self.excluded, self.sampled,
+            draws=args.num_negatives - by_chance, uniform_draws=by_chance,
+        )  # fmt: skip
 
 
 class TargetChooser:

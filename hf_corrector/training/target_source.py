@@ -11,7 +11,7 @@ from hf_corrector.data.tokens import TokenStore
 from hf_corrector.encoding import encode_rows
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.scans import RerankScan, ScanPlan, TargetScan
-from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.cache_arguments import CacheTrainingArguments
 from hf_corrector.training.live_cache import LiveCache, encode_options_of
 from hf_corrector.training.scan_setup import plan_scan
 
@@ -30,7 +30,7 @@ class TargetSource:
     """
 
     model: DualEncoderModel
-    args: DualEncoderTrainingArguments
+    args: CacheTrainingArguments
     tokens: TokenStore
     cost: dict[str, int]
     plan: ScanPlan | None = field(default=None)
@@ -42,7 +42,7 @@ class TargetSource:
         if live is None or not args.samples_from_scores:
             return None
         warming_up = args.uses_corrector and step < args.corrector_warmup_steps
-        if warming_up and args.warmup_negatives == "uniform":
+        if warming_up and args.warms_up_uniformly:
             return None
         if self.plan is None:
             self.plan, self.said = plan_scan(self.model, args, live, self.tokens)
