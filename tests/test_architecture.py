@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 # one level: the modules of an island never import another island, all other units of a line may import those before.
 ORDER = """
 ground      version errors _files _distributed _extras records
-pure        batching metrics sampling losses learning_curves side_features fitting pair_choice drift_detection
+pure        batching metrics answers sampling losses learning_curves side_features fitting pair_choice drift_detection
 islands     models cache index data
 bridges     shared_writing encoding corrected_targets overlaid_targets corrected_cache
 retrieval   affine_view search_strategies corrected_retriever
@@ -28,7 +28,7 @@ judgement   evaluation
 training    training planning adaptation
 upgrade     index_upgrade
 reading     rag
-leaves      cli
+leaves      cli integrations
 """
 LEVELS = {line.split()[0]: line.split()[1:] for line in ORDER.strip().splitlines()}
 UNITS = [unit for units in LEVELS.values() for unit in units]

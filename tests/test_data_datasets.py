@@ -14,6 +14,7 @@ from hf_corrector.data.datasets import (
     texts_hash,
     validate,
 )
+from hf_corrector.data.retrieval import given_answers
 from hf_corrector.errors import ConfigurationError, DataError
 
 CORPUS = [
@@ -60,7 +61,8 @@ def test_folder_gives_the_columns_and_order_of_its_files(folder: Path) -> None:
     assert data.corpus["id"][:] == ["d1", "d2", "d3"]
     assert data.corpus["text"][:] == ["Coffee is brewed.", "Tea is steeped.", "Milk"]
     assert data.train is not None
-    assert data.train.column_names == ["query_id", "query", "positive_ids", "positive_grades", "metadata"]
+    names = ["query_id", "query", "positive_ids", "positive_grades", "metadata", "answers"]
+    assert data.train.column_names == names
     assert data.train[0]["positive_ids"] == ["d1", "d3"]
     assert data.train[0]["positive_grades"] == [2.0, 1.0]
     assert list(data.splits) == ["train", "dev", "test"]
@@ -73,7 +75,18 @@ def test_further_fields_are_kept_as_metadata(folder: Path) -> None:
         {"title": "Coffee"}, {}, {"site": "dairy", "year": 2001},
     ]  # fmt: skip
     assert data.train is not None
-    assert json.loads(data.train[0]["metadata"]) == {"site": "beans", "answers": ["brewed"]}
+    assert json.loads(data.train[0]["metadata"]) == {"site": "beans"}
+
+
+def test_answers_are_a_column_of_every_split_if_a_query_has_some(folder: Path) -> None:
+    write_jsonl(folder / "queries.jsonl", [{**QUERIES[0], "answers": [" brewed ", "hot", "brewed"]}, *QUERIES[1:]])
+    data = load_retrieval_data(folder)
+    validate(data)
+    assert [given_answers(split) for split in data.splits.values()] == [[["brewed", "hot"]], [[]], [[]]]
+    write_jsonl(folder / "queries.jsonl", [{**QUERIES[0], "answers": []}, {**QUERIES[1], "answers": None}, QUERIES[2]])
+    without = load_retrieval_data(folder)
+    assert all("answers" not in split.column_names for split in without.splits.values())
+    assert [given_answers(split) for split in without.splits.values()] == [[[]], [[]], [[]]]
 
 
 def test_judgements_of_grade_zero_are_dropped_and_counted(folder: Path) -> None:
@@ -193,6 +206,10 @@ def test_queries_that_occur_in_train_too_are_noted(folder: Path) -> None:
         ("corpus.jsonl", "", r"corpus\.jsonl: expected at least one target; got none"),
         ("queries.jsonl", '{"_id": "q1", "text": " "}\n{"_id": "q2", "text": "a"}\n{"_id": "q3", "text": "b"}\n',
          r"queries\.jsonl, line 1: expected text in a judged query; got none for 'q1'"),
+        ("queries.jsonl", '{"_id": "q1", "text": "a", "answers": "b"}\n', r"line 1: expected a list of texts in"),
+        ("queries.jsonl", '{"_id": "q1", "text": "a", "answers": {"text": ["b"]}}\n', r'line 1: .*the list "text"'),
+        ("queries.jsonl", '{"_id": "q1", "text": "a", "answers": [1973]}\n', r"line 1: expected strings in 'answers'"),
+        ("queries.jsonl", '{"_id": "q1", "text": "a", "answers": ["b", " "]}\n', r"line 1: expected text in every one"),
         ("queries.jsonl", '{"_id": "q1", "text": "a"}\n' * 2, r"queries\.jsonl, line 2: .*'q1' again"),
     ],
 )  # fmt: skip
@@ -331,6 +348,8 @@ def test_real_sets_load_with_the_published_sizes(name: str) -> None:
     assert (len(data.corpus), *(len(split) for split in data.splits.values())) == REAL_SIZES[name]
     assert data.notes == ()
     assert data.test is not None
+    answered = [len(answers) > 0 for split in data.splits.values() for answers in given_answers(split)]
+    assert all(answered) if name in ("squad", "jaquad") else not any(answered)
     assert len(positives_as_rows(data.test, data.corpus)) == len(data.test)
 
 

@@ -5,6 +5,7 @@ import datasets
 import pytest
 
 from hf_corrector.data.datasets import RetrievalData, load_retrieval_data, validate
+from hf_corrector.data.retrieval import given_answers
 from hf_corrector.errors import DataError
 
 
@@ -80,6 +81,19 @@ def test_queries_published_in_several_splits_are_joined(tmp_path: Path, hub_cach
     }
     data = load_retrieval_data(write_hub_folder(tmp_path / "set", files))
     assert {name: split["query"][:] for name, split in data.splits.items()} == {"train": ["first"], "test": ["second"]}
+
+
+def test_answers_are_read_from_a_column_of_the_queries(tmp_path: Path, hub_cache: None) -> None:
+    queries = [{"_id": "1", "text": "first", "answers": ["one", "1"]}, {"_id": "2", "text": "second", "answers": None}]
+    files = {**TEXT_FILES, "queries/queries": ("queries", queries)}
+    qrels = {"qrels/test": ("qrels", [judgement("1", "d1"), judgement("2", "d2")])}
+    data = load_retrieval_data(write_hub_folder(tmp_path / "set", {**files, **qrels}))
+    validate(data)
+    assert data.test is not None and given_answers(data.test) == [["one", "1"], []]
+    assert data.test["metadata"][:] == ["{}", "{}"]
+    wrong = {**TEXT_FILES, "queries/queries": ("queries", [{"_id": "1", "text": "first", "answers": "one"}])}
+    with pytest.raises(DataError, match=r"\(queries\), row 0: expected a list of texts in 'answers'; got 'one'"):
+        load_retrieval_data(write_hub_folder(tmp_path / "wrong", {**wrong, **qrels}))
 
 
 def test_hub_mistakes_are_refused_with_the_row(tmp_path: Path, hub_cache: None) -> None:

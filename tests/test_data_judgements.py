@@ -1,4 +1,4 @@
-"""Given negatives and a teacher's scores in splits: checked, and read as rows."""
+"""Given negatives, a teacher's scores and answers in splits: checked; the first two read as rows."""
 
 import pickle
 from dataclasses import replace
@@ -70,6 +70,9 @@ def test_unknown_ids_are_refused_where_rows_are_asked_for() -> None:
         {"negative_ids": [["d"], None], "positive_scores": [[], []], "negative_scores": [[1], []]},
         {"negative_ids": [["d"], ["a"]], "positive_scores": [[1.0, None], []], "negative_scores": [[None], [0.5]]},
         {"positive_scores": [[1.0, 2.0], [3.0]]},
+        {"answers": [["one", "1"], []]},
+        {"answers": [None, ["two"]]},
+        {"answers": [[], []]},
     ],
 )
 def test_optional_columns_may_be_empty_or_absent(columns: dict[str, list[Any]]) -> None:
@@ -100,6 +103,10 @@ def test_optional_columns_may_be_empty_or_absent(columns: dict[str, list[Any]]) 
         ({"positive_scores": [[], [float("nan")]]}, "row 1: expected finite positive_scores; got nan"),
         ({"positive_scores": [[1.0, float("inf")], []]}, "row 0: expected finite positive_scores; got inf"),
         ({"positive_scores": [["1", "2"], []]}, "column 'positive_scores': expected List"),
+        ({"answers": ["one", "two"]}, "train, column 'answers': expected List"),
+        ({"answers": [[1], [2]]}, "train, column 'answers': expected List"),
+        ({"answers": [["one"], ["two", " "]]}, "train, row 1: expected text in every one of the answers; got ' '"),
+        ({"answers": [[None], ["two"]]}, "train, row 0: expected text in every one of the answers; got None"),
     ],
 )
 def test_columns_that_contradict_each_other_are_refused_with_the_row(columns: dict[str, Any], message: str) -> None:

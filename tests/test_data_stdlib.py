@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -10,7 +11,12 @@ import pytest
 
 from hf_corrector.data.anonymous_source import SourceFile, is_stub
 from hf_corrector.data.datasets import RetrievalData, validate
-from hf_corrector.data.stdlib import python_source_data, standard_library_data
+from hf_corrector.data.retrieval import given_answers
+from hf_corrector.data.stdlib import (
+    python_source_data,
+    python_source_questions,
+    standard_library_data,
+)
 from hf_corrector.errors import DataError
 
 
@@ -56,6 +62,14 @@ def test_definitions_inside_conditions_and_functions_are_found() -> None:
     )
     assert anonymous(text)["a"] == "async def _():\n    await b"
     assert list(anonymous(text)) == ["a", "c", "c.d"]
+
+
+def test_undocumented_source_keeps_its_name_and_loses_every_docstring() -> None:
+    text = 'class A:\n    "An A."\n    @slow\n    def run(self):\n        """Run."""\n        return self.run()\n'
+    source = SourceFile(text)
+    found = {".".join(item.path): source.undocumented(item.node) for item in source.documented()}
+    assert found["A.run"] == "@slow\ndef run(self):\n    return self.run()"
+    assert found["A"] == "class A:\n    @slow\n    def run(self):\n        return self.run()"
 
 
 def test_kinds_are_told_apart() -> None:
@@ -191,6 +205,30 @@ def test_folders_without_enough_source_are_refused(tmp_path: Path) -> None:
         python_source_data(write_sources(tmp_path / "src", 2))
 
 
+def test_questions_ask_for_the_name_that_their_targets_keep(tmp_path: Path) -> None:
+    root = write_sources(tmp_path / "src")
+    (root / "a.py").write_text(
+        "def one(x):\n    'Increase the thing a bit.'\n    return x + 1\n"
+        "def two(x):\n    'Increase the thing a bit.'\n    return two(x) + 1\n"
+        "def read_all(f):\n    'Read all of the file.'\n    return 7\n"
+        "class Box:\n    'Holds whatever is put in.'\n    def __repr__(self):\n"
+        "        'Return something to look at.'\n        return 8\n"
+    )
+    data = python_source_questions(root)
+    validate(data)
+    answers = {
+        query: names for split in data.splits.values()
+        for query, names in zip(split["query"][:], given_answers(split), strict=True)
+    }  # fmt: skip
+    assert answers["Return 7 times the x."] == ["name_7"]
+    assert answers["Increase the thing a bit."] == ["one", "two"]
+    assert answers["Holds whatever is put in."] == ["Box"]
+    texts = dict(zip(data.corpus["id"], data.corpus["text"], strict=True))
+    assert texts["a.two"] == "def two(x):\n    return two(x) + 1"
+    assert texts["a.Box"] == "class Box:\n    def __repr__(self):\n        return 8"
+    assert not {"a.read_all", "a.Box.__repr__"} & texts.keys()
+
+
 # --- the standard library itself ---
 
 
@@ -235,6 +273,18 @@ def test_library_knows_its_modules(library: RetrievalData) -> None:
     modules = {json.loads(value)["module"].split(".")[0] for value in library.corpus["metadata"]}
     assert {"os", "heapq", "asyncio"} <= modules
     assert not {"test", "encodings", "pydoc_data"} & modules
+
+
+def test_library_questions_are_answered_by_their_targets_and_not_by_themselves() -> None:
+    # On a part of the library: the whole would take as long again as the data above.
+    data = python_source_questions(Path(sysconfig.get_path("stdlib")) / "asyncio")
+    validate(data)
+    assert len(data.corpus) > 100 and set(data.splits) == {"train", "dev", "test"}
+    texts = dict(zip(data.corpus["id"], data.corpus["text"], strict=True))
+    for split in data.splits.values():
+        for query, ids, answers in zip(split["query"], split["positive_ids"], given_answers(split), strict=True):
+            assert answers and not any(name in query for name in answers)
+            assert all(any(f" {name}" in texts[target] for name in answers) for target in ids)
 
 
 def test_data_do_not_depend_on_the_hash_seed_of_the_process() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from hf_corrector.data.datasets import RetrievalData, load_retrieval_data, positives_as_rows, validate
 from hf_corrector.data.judgements import given_negatives_as_rows, teacher_scores_as_rows
+from hf_corrector.data.retrieval import given_answers
 from hf_corrector.errors import ConfigurationError, DataError
 
 FLAG = [
@@ -135,7 +136,7 @@ def test_passages_keep_their_ids_titles_and_further_fields(tmp_path: Path) -> No
     assert data.corpus["text"][:] == ["Song She sings.", "He dances.", "It rains."]
     assert json.loads(data.corpus[0]["metadata"]) == {"title": "Song"}
     assert data.train is not None and data.train["query_id"][:] == ["q1", "q2"]
-    assert json.loads(data.train[0]["metadata"]) == {"answers": ["she"]}
+    assert data.train["metadata"][0] == "{}" and given_answers(data.train) == [["she"], []]
     assert data.train["negative_ids"][:] == [["d2", "d3"], []]
     assert positives_as_rows(data.train, data.corpus) == [{0: 1.0}, {1: 1.0}]
     assert "positive_scores" not in data.train.column_names
@@ -151,6 +152,17 @@ def test_scores_of_passages_are_the_teachers(tmp_path: Path) -> None:
     assert data.train["positive_scores"][:] == [[1.0], []]
     assert data.train["negative_scores"][:] == [[None, 0.75], []]
     assert teacher_scores_as_rows(data.train, data.corpus)[:] == [{0: 1.0, 2: 0.75}, {}]
+
+
+def test_answers_of_all_lines_of_a_query_come_together_and_are_checked(tmp_path: Path) -> None:
+    again = {**PASSAGES[0], "answers": ["the singer", "she"]}
+    data = load_retrieval_data(write(tmp_path / "train.jsonl", [*PASSAGES, again]))
+    assert data.train is not None and given_answers(data.train) == [["she", "the singer"], []]
+    flag = load_retrieval_data(write(tmp_path / "flag.jsonl", [{"query": "a?", "pos": ["A"], "answers": ["A"]}]))
+    validate(flag)
+    assert flag.train is not None and given_answers(flag.train) == [["A"]]
+    with pytest.raises(DataError, match=r"line 1: expected a list of texts in 'answers'; got 'she'"):
+        load_retrieval_data(write(tmp_path / "train.jsonl", [{**PASSAGES[0], "answers": "she"}]))
 
 
 def test_a_query_may_come_again_with_other_negatives_but_not_with_another_text(tmp_path: Path) -> None:
@@ -171,7 +183,7 @@ def test_ids_are_looked_up_in_the_corpus_file(tmp_path: Path) -> None:
     assert data.corpus["text"][:2] == ["Nothing.", "Song She sings."]
     assert json.loads(data.corpus[0]["metadata"]) == {"source": "stage"}
     assert data.train is not None and data.train["query"][:] == ["who sings?", "who dances?"]
-    assert json.loads(data.train[0]["metadata"]) == {"answers": ["she"]}
+    assert data.train["metadata"][0] == "{}" and given_answers(data.train) == [["she"], []]
     assert given_negatives_as_rows(data.train, data.corpus)[:] == [[3, 2], []]
     assert positives_as_rows(data.train, data.corpus) == [{1: 1.0}, {2: 1.0}]
 

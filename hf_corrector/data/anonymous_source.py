@@ -1,7 +1,7 @@
-"""Cut functions and classes out of Python source, without their docstrings and without their names.
+"""Cut functions and classes out of Python source, without their docstrings and, if wanted, without their names.
 
 What a definition is called, and what its docstring says, are what a search for it is made of; the code that is left is
-what has to be found.
+what has to be found. Where the name is what a question asks for, it stays.
 """
 
 from __future__ import annotations
@@ -77,13 +77,24 @@ class SourceFile:
         be taken for an English word (``read_all``, ``JSONDecoder``), in comments and strings as well. Docstrings of
         nested definitions go too: a class would otherwise repeat the queries for its methods.
         """
+        start, end = self._span(node)
+        return self._edited(start, end, [*self._docstrings_in(start, end), *self._own_names(node.name, start, end)])
+
+    def undocumented(self, node: Definition) -> str:
+        """Return a definition's source, dedented, without docstrings, those of nested definitions included."""
+        start, end = self._span(node)
+        return self._edited(start, end, self._docstrings_in(start, end))
+
+    def _span(self, node: Definition) -> tuple[int, int]:
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-        start = self._starts[first - 1]
-        end = self._offset(node.end_lineno, node.end_col_offset)
-        docstrings = self._docstrings[bisect_left(self._docstrings, (start,)) : bisect_left(self._docstrings, (end,))]
-        edits = sorted([*docstrings, *self._own_names(node.name, start, end)])
+        return self._starts[first - 1], self._offset(node.end_lineno, node.end_col_offset)
+
+    def _docstrings_in(self, start: int, end: int) -> list[tuple[int, int, str]]:
+        return self._docstrings[bisect_left(self._docstrings, (start,)) : bisect_left(self._docstrings, (end,))]
+
+    def _edited(self, start: int, end: int, edits: list[tuple[int, int, str]]) -> str:
         pieces, position = [], start
-        for edit_start, edit_end, replacement in edits:
+        for edit_start, edit_end, replacement in sorted(edits):
             if edit_start >= position:  # a name inside a docstring has gone with it
                 pieces += [self.text[position:edit_start], replacement]
                 position = edit_end

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from datasets import Dataset
+from datasets import Dataset, Features
 
-from hf_corrector.data.fields import identifier, metadata_of, text_field
+from hf_corrector.data.fields import answers_field, identifier, metadata_of, text_field
 from hf_corrector.data.retrieval import (
+    ANSWER_FEATURES,
     QUERY_FEATURES,
     SPLITS,
     TARGET_FEATURES,
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 DEV_ALIASES = ("dev", "validation", "valid", "val")
 KNOWN_FIELDS = ("_id", "id", "title", "text")
+KNOWN_QUERY_FIELDS = (*KNOWN_FIELDS, "answers")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class _Query(NamedTuple):
     number: int
     text: str
     metadata: str
+    answers: tuple[str, ...]
 
 
 def choose_splits(available: Iterable[str], wanted: Mapping[str, str] | None = None, *, where: str) -> dict[str, str]:
@@ -120,18 +123,21 @@ def assemble(
     """Check and join targets, queries and the judgements of each split.
 
     Judgements with a grade of 0 or less are dropped, and queries left without a positive; both are counted in the
-    notes. Targets without text stay (published sets have them) and are counted in a logged warning.
+    notes. Targets without text stay (published sets have them) and are counted in a logged warning. Splits have a
+    column ``answers`` if any query has some.
 
     Raises:
         DataError: At the first record that is wrong, naming its file and line.
     """
     query_by_id = _read_queries(queries)
     corpus, target_ids, notes = _read_targets(targets)
+    answered = any(query.answers for query in query_by_id.values())
+    features = Features({**QUERY_FEATURES, **(ANSWER_FEATURES if answered else {})})
     splits: dict[str, Dataset] = {}
     for name, records in judgements.items():
         graded, more = _read_judgements(records, query_by_id, target_ids)
         notes += [f"{name}: {note}" for note in more]
-        splits[name] = dataset_from_rows(_query_rows(graded, query_by_id, queries), QUERY_FEATURES)
+        splits[name] = dataset_from_rows(_query_rows(graded, query_by_id, queries, features), features)
     notes += shared_queries(splits)
     for note in notes:
         logger.info("%s", note)
@@ -181,8 +187,9 @@ def _read_queries(records: Records[Any]) -> dict[str, _Query]:
         if query_id in queries:
             raise duplicate(where, query_id)
         extra = {"title": record["title"]} if record.get("title") else {}
-        metadata = metadata_of(record, KNOWN_FIELDS, extra)
-        queries[query_id] = _Query(number, text_field(record, "text", where), metadata)
+        metadata = metadata_of(record, KNOWN_QUERY_FIELDS, extra)
+        answers = answers_field(record, where)
+        queries[query_id] = _Query(number, text_field(record, "text", where), metadata, answers)
     return queries
 
 
@@ -219,7 +226,7 @@ def _read_judgements(
 
 
 def _query_rows(
-    graded: Mapping[str, Mapping[str, int]], queries: Mapping[str, _Query], records: Records[Any]
+    graded: Mapping[str, Mapping[str, int]], queries: Mapping[str, _Query], records: Records[Any], features: Features
 ) -> Iterator[dict[str, Any]]:
     for query_id, grades in graded.items():
         query = queries[query_id]
@@ -228,10 +235,12 @@ def _query_rows(
                 records.where(query.number), expected="text in a judged query", got=f"none for {query_id!r}",
                 cure="Fill in the query, or remove it and its judgements.",
             )  # fmt: skip
-        yield {
+        values = {
             "query_id": query_id, "query": query.text, "positive_ids": list(grades),
             "positive_grades": [float(grade) for grade in grades.values()], "metadata": query.metadata,
+            "answers": list(query.answers),
         }  # fmt: skip
+        yield {name: values[name] for name in features}
 
 
 def shared_queries(splits: Mapping[str, Dataset]) -> list[str]:

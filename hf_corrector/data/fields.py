@@ -87,6 +87,30 @@ def list_field(record: Mapping[str, Any], key: str, where: str, *, optional: boo
     return value
 
 
+def answers_field(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Return the distinct stripped answers of a query; none where the field is missing, null or empty.
+
+    Raises:
+        DataError: If it is no list of texts, or one of them is empty.
+    """
+    value = record.get("answers")
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise DataError(
+            where, expected="a list of texts in 'answers'", got=repr(value)[:80],
+            cure='Write answers as ["first", "second"]; of an object such as SQuAD\'s take the list "text"; or rename '
+            "the field.",
+        )  # fmt: skip
+    answers = tuple(dict.fromkeys(clean_text(answer, "answers", where) for answer in value))
+    if "" in answers:
+        raise DataError(
+            where, expected="text in every one of the 'answers'", got=repr(value)[:80],
+            cure="Remove the empty one; an empty list says that no answer is known.",
+        )  # fmt: skip
+    return answers
+
+
 def score_of(value: Any, key: str, where: str) -> float | None:
     """Return a teacher's score, or None where the teacher gave none.
 

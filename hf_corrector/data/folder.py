@@ -1,9 +1,10 @@
 """Read a BEIR folder: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/{train,dev,test}.tsv``.
 
 A line of ``corpus.jsonl`` is ``{"_id": ..., "title": ..., "text": ...}``, of ``queries.jsonl`` ``{"_id": ...,
-"text": ...}``; further fields are kept as metadata. A qrels line is query id, target id and an integer grade, separated
-by tabs, under the header ``query-id corpus-id score``; a grade of 0 or less says that a target is no answer, and makes
-it neither a positive nor a given negative. UTF-8 with or without a byte order mark; any line ends.
+"text": ...}``, with a list of texts in ``"answers"`` where it is known what to answer; further fields are kept as
+metadata. A qrels line is query id, target id and an integer grade, separated by tabs, under the header
+``query-id corpus-id score``; a grade of 0 or less says that a target is no answer, and makes it neither a positive nor
+a given negative. UTF-8 with or without a byte order mark; any line ends.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ subsets  ``x-corpus``  ``x-queries``  ``x-qrels``, for instance one per language
 BEIR     ``corpus``    ``queries``    the data set ``<id>-qrels``
 =======  ============  =============  =======================================
 
-These are names of configurations. A local folder that :func:`datasets.load_dataset` understands (a downloaded
-repository) is read in the same way.
+These are names of configurations. Queries may have a column ``answers``, lists of texts. A local folder that
+:func:`datasets.load_dataset` understands (a downloaded repository) is read in the same way.
 """
 
 from __future__ import annotations

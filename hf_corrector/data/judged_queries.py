@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset, Features
 
-from hf_corrector.data.retrieval import GIVEN_FEATURES, QUERY_FEATURES, dataset_from_rows
+from hf_corrector.data.retrieval import ANSWER_FEATURES, GIVEN_FEATURES, QUERY_FEATURES, dataset_from_rows
 from hf_corrector.errors import DataError
 
 Integers = npt.NDArray[np.int64]
@@ -24,6 +24,7 @@ class Query(NamedTuple):
     id: str
     text: str
     metadata: str = "{}"
+    answers: tuple[str, ...] = ()
 
 
 class Judged(NamedTuple):
@@ -88,11 +89,14 @@ class JudgedQueries:
         row = self._row_of.setdefault(query.id, len(self._queries))
         if row == len(self._queries):
             self._queries.append(query)
-        elif (before := self._queries[row].text) != query.text:
+        elif (before := self._queries[row]).text != query.text:
             raise DataError(
                 where, expected=f"one text for the query {query.id!r}",
-                got=f"{query.text[:80]!r} after {before[:80]!r}", cure="Give each query an id of its own.",
+                got=f"{query.text[:80]!r} after {before.text[:80]!r}", cure="Give each query an id of its own.",
             )  # fmt: skip
+        elif query.answers != before.answers:
+            answers = tuple(dict.fromkeys((*before.answers, *query.answers)))
+            self._queries[row] = before._replace(answers=answers)
         for target_row, is_positive, score in judged:
             if score is not None and self._scores is None:
                 self._scores = array("d", [float("nan")]) * len(self._query_rows)
@@ -161,8 +165,10 @@ class JudgedSplit:
             "negative_ids": len(self.negatives.rows) > 0,
             "positive_scores": self.positives.has_scores,
             "negative_scores": self.negatives.has_scores,
+            "answers": any(query.answers for query in self.queries),
         }
-        return Features({**QUERY_FEATURES, **{name: GIVEN_FEATURES[name] for name, there in present.items() if there}})
+        optional = {**GIVEN_FEATURES, **ANSWER_FEATURES}
+        return Features({**QUERY_FEATURES, **{name: optional[name] for name, there in present.items() if there}})
 
     def dataset(self, target_ids: Sequence[str], wanted: Callable[[str], bool] | None = None) -> Dataset:
         """Write the queries that have a positive as a split.
@@ -193,4 +199,6 @@ class JudgedSplit:
                 values["positive_scores"] = self.positives.scores_of(row)
             if "negative_scores" in features:
                 values["negative_scores"] = self.negatives.scores_of(row)
+            if "answers" in features:
+                values["answers"] = list(query.answers)
             yield values

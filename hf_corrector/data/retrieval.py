@@ -36,6 +36,8 @@ GIVEN_FEATURES = Features(
         "negative_scores": List(Value("float64")),
     }
 )
+# Another such column: what a reader should say; several answers are as many ways of being right.
+ANSWER_FEATURES = Features({"answers": List(Value("string"))})
 # Arrow addresses the bytes of one chunk of strings with 31 bits; ten thousand texts per chunk stay far below.
 ROWS_PER_CHUNK = 10_000
 
@@ -48,8 +50,8 @@ class RetrievalData:
         corpus: Columns ``id``, ``text`` and ``metadata`` (a JSON object as a string), one row per target.
         train: Columns ``query_id``, ``query``, ``positive_ids``, ``positive_grades`` and ``metadata``, one row per
             query; None where the set has no such split. There may also be ``negative_ids``, hard negatives that came
-            with the data, and a teacher's ``positive_scores`` and ``negative_scores``, one for each id, where null is
-            no score; an empty list has nothing to say about its query.
+            with the data; a teacher's ``positive_scores`` and ``negative_scores``, one for each id, where null is
+            no score; and ``answers``, texts that answer the query. An empty list has nothing to say about its query.
         dev: As ``train``, for choices made during training.
         test: As ``train``, for the final judgement.
         notes: What loading left out or found odd, one sentence each.
@@ -119,7 +121,7 @@ def positives_as_rows(split: Dataset, corpus: Dataset) -> list[dict[int, float]]
 def with_optional_columns(dataset: Dataset) -> Dataset:
     """Add the columns a user may leave out: empty ``metadata``, and a grade of 1 for every positive.
 
-    Given negatives and a teacher's scores stay absent where they are.
+    Given negatives, a teacher's scores and answers stay absent where they are.
     """
     if not isinstance(dataset, Dataset):
         return dataset
@@ -132,7 +134,7 @@ def with_optional_columns(dataset: Dataset) -> Dataset:
 
 
 def validate(data: RetrievalData, *, name: str | None = None) -> None:
-    """Check a data set built by hand: columns, unique ids, positives and given negatives that exist, finite scores.
+    """Check a data set built by hand: columns, unique ids, targets that exist, finite scores, answers with words.
 
     Args:
         data: What to check.
@@ -150,7 +152,9 @@ def validate(data: RetrievalData, *, name: str | None = None) -> None:
         _unique(split, "query_id", where=where)
         _check_texts(split, "query", where=where)
         _check_positives(split, where, target_ids)
+        _check_optional_types(split, where)
         _check_given(split, where, target_ids)
+        _check_answers(split, where)
 
 
 def validate_corpus(corpus: Dataset) -> set[str]:
@@ -250,17 +254,21 @@ def given_columns(split: Dataset) -> Iterator[tuple[list[Any], list[Any], list[A
         yield positives, negatives, scores[0], scores[1]
 
 
-def _check_given(split: Dataset, where: str, target_ids: set[str]) -> None:
-    """Check given negatives and a teacher's scores, where there are any."""
-    present = [name for name in GIVEN_FEATURES if name in split.column_names]
-    for name in present:
+def _check_optional_types(split: Dataset, where: str) -> None:
+    for name, wanted in {**GIVEN_FEATURES, **ANSWER_FEATURES}.items():
+        if name not in split.column_names:
+            continue
         # A column without a single value has no type yet.
         found = split.features[name]
         inner = found.feature if isinstance(found, List | LargeList) else found
         untyped = isinstance(inner, Value) and inner.dtype == "null"
-        if not untyped and not _compatible(GIVEN_FEATURES[name], found):
-            raise _wrong_type(split, where, name, GIVEN_FEATURES[name])
-    if not present:
+        if not untyped and not _compatible(wanted, found):
+            raise _wrong_type(split, where, name, wanted)
+
+
+def _check_given(split: Dataset, where: str, target_ids: set[str]) -> None:
+    """Check given negatives and a teacher's scores, where there are any."""
+    if not any(name in split.column_names for name in GIVEN_FEATURES):
         return
     for row, (positives, negatives, *scores) in enumerate(given_columns(split)):
         place = f"{where}, row {row}"
@@ -293,6 +301,23 @@ def _check_scores(place: str, kind: str, ids: list[str], scores: list[float | No
             raise DataError(
                 place, expected=f"finite {kind}_scores", got=repr(score), cure="Write null where there is no score."
             )
+
+
+def given_answers(split: Dataset) -> list[list[str]]:
+    """Return the answers of each query, in the order of the split; empty lists where there are none."""
+    if "answers" not in split.column_names:
+        return [[] for _ in range(len(split))]
+    return [values or [] for values in column(split, "answers")]
+
+
+def _check_answers(split: Dataset, where: str) -> None:
+    for row, answers in enumerate(given_answers(split)):
+        for answer in answers:
+            if answer is None or not answer.strip():
+                raise DataError(
+                    f"{where}, row {row}", expected="text in every one of the answers", got=repr(answer),
+                    cure="Remove it; an empty list says that no answer is known.",
+                )  # fmt: skip
 
 
 def unknown_target(where: str, name: str, target_id: str) -> DataError:

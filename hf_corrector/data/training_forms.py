@@ -9,7 +9,8 @@ Tevatron, ids           ``query_id, query_text, positive_document_ids[], negativ
 Tevatron, corpus        ``docid, text`` (or ``document_text``), ``title``
 ======================  =======================================================================================
 
-Only ``neg``, the negatives, scores, titles, ``prompt`` and ``type`` may be missing; further fields become metadata.
+Only ``neg``, the negatives, scores, titles, ``prompt`` and ``type`` may be missing. ``answers[]`` becomes a column of
+its own, further fields become metadata.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from hf_corrector._files import hash_strings
 from hf_corrector.data.assembly import with_title
 from hf_corrector.data.fields import (
+    answers_field,
     as_identifier,
     clean_text,
     identifier,
@@ -98,7 +100,7 @@ def read_flag_embedding(record: dict[str, Any], where: str) -> TrainingLine:
     negatives = [passage for passage in _texts(record, "neg", where) if passage.text]
     prompt = record.get("prompt") or ""
     clean_text(prompt, "prompt", where)  # its spaces count, for it is put right before the query
-    known = Query(f"q-{hash_strings([query])}", query, metadata_of(record, FLAG_FIELDS))
+    known = _query(f"q-{hash_strings([query])}", query, record, FLAG_FIELDS, where)
     return TrainingLine(known, positives, negatives, prompt)
 
 
@@ -112,7 +114,7 @@ def read_tevatron_passages(record: dict[str, Any], where: str) -> TrainingLine:
     positives = [_passage(one, where) for one in list_field(record, "positive_passages", where, optional=False)]
     negatives = [_passage(one, where) for one in list_field(record, "negative_passages", where)]
     _refuse_both(positives, negatives, where)
-    return TrainingLine(Query(query_id, query, metadata_of(record, TEVATRON_FIELDS)), positives, negatives)
+    return TrainingLine(_query(query_id, query, record, TEVATRON_FIELDS, where), positives, negatives)
 
 
 def read_tevatron_ids(record: dict[str, Any], where: str) -> TrainingLine:
@@ -125,7 +127,7 @@ def read_tevatron_ids(record: dict[str, Any], where: str) -> TrainingLine:
     positives = _ids(record, "positive_document_ids", where, optional=False)
     negatives = _ids(record, "negative_document_ids", where)
     _refuse_both(positives, negatives, where)
-    return TrainingLine(Query(query_id, query, metadata_of(record, TEVATRON_ID_FIELDS)), positives, negatives)
+    return TrainingLine(_query(query_id, query, record, TEVATRON_ID_FIELDS, where), positives, negatives)
 
 
 def read_corpus_line(record: Any, where: str) -> Passage:
@@ -168,6 +170,10 @@ def form_of(record: Any, where: str) -> Form:
     elif keys >= {"query", "positives"}:
         cure = "Give texts: tokens of another package are of no use here. " + cure
     raise DataError(where, expected="a line of a known form", got=got, cure=cure)
+
+
+def _query(query_id: str, text: str, record: Mapping[str, Any], known: tuple[str, ...], where: str) -> Query:
+    return Query(query_id, text, metadata_of(record, (*known, "answers")), answers_field(record, where))
 
 
 def _query_text(record: Mapping[str, Any], key: str, where: str) -> str:

@@ -1,4 +1,4 @@
-"""What the four metrics share: their inputs, and the way from ids to rows."""
+"""What the four metrics of rankings share: their inputs, and the way from ids to rows."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The metric exact match of answers for the ``evaluate`` library."""

@@ -1,0 +1,1 @@
+"""The metric F1 of answers for the ``evaluate`` library."""
