@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from hf_corrector.drift_detection import AdaptationPolicy, DriftDetector
     from hf_corrector.encoding import EncodeOptions, build_cache, update_cache
     from hf_corrector.evaluation.staleness import measure_staleness
+    from hf_corrector.exports.numpy_worker import save_for_numpy
+    from hf_corrector.exports.sentence_transformer import save_as_sentence_transformer
     from hf_corrector.index_upgrade.options import UpgradeOptions
     from hf_corrector.index_upgrade.report import UpgradeReport
     from hf_corrector.index_upgrade.upgrading import upgrade
@@ -60,6 +62,8 @@ _HOMES = {
     "StreamingCorrector": "hf_corrector.adaptation.streaming_corrector",
     "AdaptationPolicy": "hf_corrector.drift_detection",
     "DriftDetector": "hf_corrector.drift_detection",
+    "save_as_sentence_transformer": "hf_corrector.exports.sentence_transformer",
+    "save_for_numpy": "hf_corrector.exports.numpy_worker",
 }
 
 __all__ = [
@@ -93,6 +97,8 @@ __all__ = [
     "StreamingCorrector",
     "AdaptationPolicy",
     "DriftDetector",
+    "save_as_sentence_transformer",
+    "save_for_numpy",
     "__version__",
 ]
 
