@@ -21,7 +21,7 @@ ORDER = """
 ground      version errors _files _distributed _extras records numpy_corrector
 pure        batching metrics sampling losses learning_curves side_features fitting pair_choice drift_detection
 islands     models cache index data
-bridges     shared_writing encoding corrected_targets overlaid_targets corrected_cache exports
+bridges     shared_writing encoding corrected_targets overlaid_targets corrected_cache corrected_arrays exports
 retrieval   affine_view search_strategies corrected_retriever
 drawing     scans candidate_sampling
 judgement   evaluation
