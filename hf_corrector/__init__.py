@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from hf_corrector.drift_detection import AdaptationPolicy, DriftDetector
     from hf_corrector.encoding import EncodeOptions, build_cache, update_cache
     from hf_corrector.evaluation.staleness import measure_staleness
+    from hf_corrector.exports.numpy_worker import save_for_numpy
+    from hf_corrector.exports.sentence_transformer import save_as_sentence_transformer
     from hf_corrector.index_upgrade.options import UpgradeOptions
     from hf_corrector.index_upgrade.report import UpgradeReport
     from hf_corrector.index_upgrade.upgrading import upgrade
+    from hf_corrector.index_upgrade.vector_inputs import JudgedVectors
+    from hf_corrector.index_upgrade.vector_upgrade import VectorUpgradeReport, upgrade_vectors
     from hf_corrector.records import EncoderFingerprint, RunRecord
     from hf_corrector.side_features import DenseSide, TokenCounts
     from hf_corrector.training.arguments import DualEncoderTrainingArguments
@@ -60,6 +64,11 @@ _HOMES = {
     "StreamingCorrector": "hf_corrector.adaptation.streaming_corrector",
     "AdaptationPolicy": "hf_corrector.drift_detection",
     "DriftDetector": "hf_corrector.drift_detection",
+    "upgrade_vectors": "hf_corrector.index_upgrade.vector_upgrade",
+    "VectorUpgradeReport": "hf_corrector.index_upgrade.vector_upgrade",
+    "JudgedVectors": "hf_corrector.index_upgrade.vector_inputs",
+    "save_as_sentence_transformer": "hf_corrector.exports.sentence_transformer",
+    "save_for_numpy": "hf_corrector.exports.numpy_worker",
 }
 
 __all__ = [
@@ -93,6 +102,11 @@ __all__ = [
     "StreamingCorrector",
     "AdaptationPolicy",
     "DriftDetector",
+    "upgrade_vectors",
+    "VectorUpgradeReport",
+    "JudgedVectors",
+    "save_as_sentence_transformer",
+    "save_for_numpy",
     "__version__",
 ]
 

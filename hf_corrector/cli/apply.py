@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_corrector._files import parse_json
 from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.cache.writer import hash_vectors
 from hf_corrector.cli.common import (
     DTYPES,
     EncoderChoice,
@@ -27,9 +28,20 @@ from hf_corrector.cli.common import (
     quieten,
     side_of,
 )
+from hf_corrector.cli.upgrade_vectors import read_rows
+from hf_corrector.corrected_arrays import (
+    ARRAY_SUFFIX,
+    ArrayOptions,
+    check_vectors,
+    load_array,
+    write_corrected_array,
+)
 from hf_corrector.corrected_cache import DEFAULT_SHARD_ROWS, ApplyOptions, write_corrected
 from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import ConfigurationError, DataError, InputError
+from hf_corrector.index.base import TargetVectors
+from hf_corrector.index_upgrade.vector_upgrade import fresh_array
+from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.records import COSTS, EncoderFingerprint, FittedTargets, RunRecord
 
 EXAMPLES = """\
@@ -38,6 +50,8 @@ EXAMPLES = """\
       --cache_dtype bfloat16
   hf-corrector apply --corrector upgraded/corrector --cache cache --model new-model --data my_beir_folder \\
       --reembed upgraded/reembed_first.jsonl --output_dir corrected
+  hf-corrector apply --corrector upgraded/corrector --cache vectors.npy --output_dir corrected.npy \\
+      --fresh sample.npy --fresh_rows rows.npy
 """
 
 
@@ -45,6 +59,13 @@ def run(argv: list[str]) -> int:
     """Run the command."""
     arguments = _flags().parse_args(argv)
     quieten()
+    if ARRAY_SUFFIX in (Path(arguments.cache).suffix, Path(arguments.output_dir).suffix):
+        return _apply_to_array(arguments)
+    if arguments.fresh is not None:
+        raise ConfigurationError(
+            "--fresh", expected="an .npy file as --output_dir", got=arguments.output_dir,
+            cure="Name one, or give --reembed for a cache.",
+        )  # fmt: skip
     cache, started = TargetCache.open(arguments.cache), time.time()
     corrector, fitted = corrector_of_cache(arguments.corrector, cache)
     encoder, side = _encoder(arguments, cache, fitted), side_of(cache, corrector, fitted)
@@ -70,6 +91,50 @@ def run(argv: list[str]) -> int:
     kept = 0 if reembedded is None else len(reembedded)
     print(f"{corrected!r}: {len(corrected) - kept:,} targets corrected, {kept:,} re-encoded, in {seconds:.1f} s")
     return 0
+
+
+def _apply_to_array(arguments: argparse.Namespace) -> int:
+    """Write corrected vectors into an ``.npy`` file, from one or from a cache."""
+    if arguments.reembed is not None or Path(arguments.output_dir).suffix != ARRAY_SUFFIX:
+        raise ConfigurationError(
+            "apply", expected="an .npy file as --output_dir, and no --reembed",
+            got=f"--output_dir {arguments.output_dir}" + ("" if arguments.reembed is None else " and --reembed"),
+            cure="Name an .npy file; give vectors that were embedded anew as --fresh and --fresh_rows.",
+        )  # fmt: skip
+    started, fresh = time.time(), None
+    if (arguments.fresh is None) != (arguments.fresh_rows is None):
+        raise ConfigurationError(
+            "--fresh and --fresh_rows", expected="both or neither", got="one of them", cure="Give the other one too."
+        )
+    if arguments.fresh is not None:
+        fresh = fresh_array(arguments.fresh, read_rows(Path(arguments.fresh_rows)))
+    if Path(arguments.cache).suffix == ARRAY_SUFFIX:
+        vectors: TargetVectors = check_vectors(arguments.cache, arguments.cache)
+        corrector, side = _corrector_of_vectors(arguments), None
+    else:
+        vectors = cache = TargetCache.open(arguments.cache)
+        corrector, fitted = corrector_of_cache(arguments.corrector, cache)
+        side = side_of(cache, corrector, fitted)
+    options = ArrayOptions(arguments.cache_dtype or "float32", fresh, not arguments.quiet)
+    path = write_corrected_array(corrector, vectors, arguments.output_dir, side=side, options=options)
+    kept = 0 if fresh is None else len(fresh.rows)
+    seconds = time.time() - started
+    print(f"{path}: {len(vectors) - kept:,} targets corrected, {kept:,} embedded anew, in {seconds:.1f} s")
+    return 0
+
+
+def _corrector_of_vectors(arguments: argparse.Namespace) -> CorrectorModel:
+    """Load a corrector for vectors that do not say who made them."""
+    name = arguments.corrector
+    corrector, fitted = CorrectorModel.from_pretrained(name), FittedTargets.load(Path(name))
+    if fitted is not None and fitted.direction != "targets":
+        raise ConfigurationError(
+            name, expected="a corrector of targets", got="one that maps queries",
+            cure="Leave the vectors as they are.",
+        )  # fmt: skip
+    if fitted is not None and fitted.cache != f"vectors-{hash_vectors(load_array(arguments.cache))}":
+        print("note: the corrector was fitted to other vectors; these must come from the same old encoder")
+    return corrector
 
 
 def _reembedded(arguments: argparse.Namespace, cache: TargetCache) -> tuple[TargetCache | None, int]:
@@ -118,8 +183,13 @@ def _flags() -> argparse.ArgumentParser:
         EXAMPLES,
     )
     flags.add_argument("--corrector", required=True, metavar="H", help="folder or Hub id of the corrector")
-    flags.add_argument("--cache", required=True, metavar="CACHE", help="cache made by the old encoder; only read")
-    flags.add_argument("--output_dir", required=True, metavar="NEW", help="folder of the corrected cache")
+    text = "cache made by the old encoder, or an .npy file of its vectors; only read"
+    flags.add_argument("--cache", required=True, metavar="CACHE", help=text)
+    text = "folder of the corrected cache, or an .npy file for the vectors alone"
+    flags.add_argument("--output_dir", required=True, metavar="NEW", help=text)
+    text = "for an .npy file: vectors the new encoder has made of some targets, taken instead of corrected ones"
+    flags.add_argument("--fresh", metavar="F", help=text)
+    flags.add_argument("--fresh_rows", metavar="R", help="their rows, an .npy file of integers or one a line")
     flags.add_argument("--cache_dtype", choices=DTYPES, help="type of the stored vectors; by default as they are")
     flags.add_argument("--reembed", metavar="LIST", help="re-encode these ids with --model, a JSON string a line")
     add_data_argument(flags)

@@ -41,6 +41,12 @@ def parser(command: str, description: str, examples: str) -> argparse.ArgumentPa
     )  # fmt: skip
 
 
+def add(flags: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    """Add an argument under both spellings; settings are handed to argparse whole."""
+    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    flags.add_argument(*spellings, dest=name, **settings)
+
+
 @dataclass
 class EncoderChoice:
     """Which encoder a command uses, and what of it to change; the same arguments for every command."""

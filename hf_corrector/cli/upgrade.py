@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.cli import upgrade_vectors
 from hf_corrector.cli.common import (
     DATA_HELP,
     DTYPES,
     STDLIB,
     EncoderChoice,
+    add,
     load_data,
     new_output_folder,
     parser,
@@ -37,6 +39,9 @@ EXAMPLES = """\
       --pairs 5000 --pairs_by diverse --judge_targets 20000 --slice_by site --seconds_per_pass 0.002 \\
       --price_per_hour 2.5 --output_dir upgraded
 
+Where only vectors are at hand, as of encoders behind an interface (--new_sample --help says more):
+  hf-corrector upgrade --old vectors.npy --new_sample sample.npy --sample_rows rows.npy --output_dir upgraded
+
 exit status: 0 go, 3 no-go, 4 re-embed a part first; 1 a problem that was explained, 2 wrong usage.
 Then, for a go:  hf-corrector apply --help    (or hf-corrector search --help with --direction queries)
 For status 4:    reembed_first.jsonl in OUT names targets, an id a line, worst first; hf-corrector apply --reembed
@@ -46,6 +51,8 @@ For status 4:    reembed_first.jsonl in OUT names targets, an id a line, worst f
 
 def run(argv: list[str]) -> int:
     """Run the command; returns 0 for a go, 3 for a no-go, 4 for re-embedding a part first."""
+    if upgrade_vectors.is_asked_for(argv):
+        return upgrade_vectors.run(argv)
     arguments = _flags().parse_args(argv)
     quieten()
     options = _options(arguments)
@@ -134,38 +141,38 @@ def _flags() -> argparse.ArgumentParser:
         "Words of an argument may be joined by _ or by -.",
         EXAMPLES,
     )
-    _add(flags, "old_cache", required=True, metavar="C", help="cache made by the old encoder")
-    _add(flags, "new_model", required=True, metavar="B", help="folder or Hub id of the new encoder")
-    _add(flags, "data", metavar="DIR", default=STDLIB, help=DATA_HELP)
-    _add(flags, "output_dir", required=True, metavar="OUT", help="folder for corrector, fresh vectors and run.json")
-    _add(flags, "pairs", type=int, default=2000, metavar="N", help="targets to re-encode as fitting pairs (2000)")
-    _add(flags, "old_model", metavar="A", help="encoder that made the cache; by default the one the cache names")
-    _add(flags, "direction", choices=DIRECTIONS, default="targets", help="correct the index, or map new queries to it")
-    _add(flags, "pairs_by", choices=METHODS, default="random", help="how pairs are chosen")
-    _add(flags, "query_log", metavar="FILE", help="for --pairs_by traffic: a query a line, after a tab its count")
+    add(flags, "old_cache", required=True, metavar="C", help="cache made by the old encoder")
+    add(flags, "new_model", required=True, metavar="B", help="folder or Hub id of the new encoder")
+    add(flags, "data", metavar="DIR", default=STDLIB, help=DATA_HELP)
+    add(flags, "output_dir", required=True, metavar="OUT", help="folder for corrector, fresh vectors and run.json")
+    add(flags, "pairs", type=int, default=2000, metavar="N", help="targets to re-encode as fitting pairs (2000)")
+    add(flags, "old_model", metavar="A", help="encoder that made the cache; by default the one the cache names")
+    add(flags, "direction", choices=DIRECTIONS, default="targets", help="correct the index, or map new queries to it")
+    add(flags, "pairs_by", choices=METHODS, default="random", help="how pairs are chosen")
+    add(flags, "query_log", metavar="FILE", help="for --pairs_by traffic: a query a line, after a tab its count")
     text = "kinds of corrector to compare; all by default"
-    _add(flags, "kinds", nargs="+", choices=KINDS, metavar="K", help=text)
-    _add(flags, "kind", choices=("auto", *KINDS), default="auto", help="kind of corrector to adopt")
+    add(flags, "kinds", nargs="+", choices=KINDS, metavar="K", help=text)
+    add(flags, "kind", choices=("auto", *KINDS), default="auto", help="kind of corrector to adopt")
     sides = ("auto", "none", *(side for side in SIDES if side != "matrix"))
-    _add(flags, "side", choices=sides, default="auto", help="what the corrector reads of a target besides its vector")
-    _add(flags, "slice_by", action="append", metavar="F", help="metadata field whose slices must not lose; repeatable")
-    _add(flags, "split", choices=("test", "dev", "train"), help="queries to judge on; test if there is one")
+    add(flags, "side", choices=sides, default="auto", help="what the corrector reads of a target besides its vector")
+    add(flags, "slice_by", action="append", metavar="F", help="metadata field whose slices must not lose; repeatable")
+    add(flags, "split", choices=("test", "dev", "train"), help="queries to judge on; test if there is one")
     text = f"random targets to judge on beside the positives, or 'full'; full up to {FULL_UP_TO:,} targets"
-    _add(flags, "judge_targets", metavar="N", help=text)
-    _add(flags, "judge_queries", type=int, metavar="N", help="judge on so many random queries of the split")
-    _add(flags, "metric", default="mrr@10", help="the metric that decides (mrr@10)")
+    add(flags, "judge_targets", metavar="N", help=text)
+    add(flags, "judge_queries", type=int, metavar="N", help="judge on so many random queries of the split")
+    add(flags, "metric", default="mrr@10", help="the metric that decides (mrr@10)")
     rules = Thresholds()
     text = f"lower bound of recovery for a go ({rules.min_recovery})"
-    _add(flags, "min_recovery", type=float, default=rules.min_recovery, metavar="R", help=text)
+    add(flags, "min_recovery", type=float, default=rules.min_recovery, metavar="R", help=text)
     text = f"how much worse than the old model may be at most ({rules.non_inferiority})"
-    _add(flags, "non_inferiority", type=float, default=rules.non_inferiority, metavar="D", help=text)
+    add(flags, "non_inferiority", type=float, default=rules.non_inferiority, metavar="D", help=text)
     text = f"largest loss of a slice ({rules.max_slice_loss})"
-    _add(flags, "max_slice_loss", type=float, default=rules.max_slice_loss, metavar="D", help=text)
-    _add(flags, "seconds_per_pass", type=float, metavar="S", help="seconds an encoder pass takes you; else measured")
-    _add(flags, "price_per_hour", type=float, metavar="P", help="price of an hour of that machine")
-    _add(flags, "compute_dtype", choices=DTYPES, default="float32", help="arithmetic of the encoders")
-    _add(flags, "device", help="where to compute; a GPU if there is one")
-    _add(flags, "seed", type=int, default=0, help="seed of all random choices")
+    add(flags, "max_slice_loss", type=float, default=rules.max_slice_loss, metavar="D", help=text)
+    add(flags, "seconds_per_pass", type=float, metavar="S", help="seconds an encoder pass takes you; else measured")
+    add(flags, "price_per_hour", type=float, metavar="P", help="price of an hour of that machine")
+    add(flags, "compute_dtype", choices=DTYPES, default="float32", help="arithmetic of the encoders")
+    add(flags, "device", help="where to compute; a GPU if there is one")
+    add(flags, "seed", type=int, default=0, help="seed of all random choices")
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     _add_encoder_arguments(flags)
     return flags
@@ -175,10 +182,4 @@ def _add_encoder_arguments(flags: argparse.ArgumentParser) -> None:
     """Add what of the new encoder to change, where it is none that was saved with its settings."""
     for item in dataclasses.fields(EncoderChoice)[1:]:
         kind = int if item.name in ("num_layers", "max_length") else str
-        _add(flags, item.name, type=kind, choices=item.metadata.get("choices"), help=item.metadata["help"])
-
-
-def _add(flags: argparse.ArgumentParser, name: str, **settings: Any) -> None:
-    """Add an argument under both spellings; settings are handed to argparse whole."""
-    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-    flags.add_argument(*spellings, dest=name, **settings)
+        add(flags, item.name, type=kind, choices=item.metadata.get("choices"), help=item.metadata["help"])

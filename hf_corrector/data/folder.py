@@ -42,7 +42,7 @@ def load_folder(folder: Path, splits: Mapping[str, str] | None = None) -> Retrie
                 cure=f"Pass the folder that holds {CORPUS_FILE}, {QUERIES_FILE} and {QRELS_FOLDER}/.",
             )  # fmt: skip
     # Judgements are small and read first, so that a mistake in them is not found after a large corpus.
-    judgements = {split: _read_qrels(path) for split, path in paths.items()}
+    judgements = {split: read_qrels(path) for split, path in paths.items()}
     return assemble(json_records(folder / CORPUS_FILE), json_records(folder / QUERIES_FILE), judgements)
 
 
@@ -61,7 +61,7 @@ def _qrels_paths(folder: Path, splits: Mapping[str, str] | None) -> dict[str, Pa
     return paths
 
 
-def _read_qrels(path: Path) -> Records[Judgement]:
+def read_qrels(path: Path) -> Records[Judgement]:
     """Read a qrels file whole.
 
     A header cannot be mistaken for a judgement, because its third field is no integer; a file that begins with a

@@ -104,6 +104,7 @@ class Evidence:
         seed: Seed of the resampling.
         direction: ``"targets"`` where the index is corrected, ``"queries"`` where new queries are mapped to the old
             index.
+        counted: What the queries are called.
     """
 
     metric: str
@@ -114,6 +115,7 @@ class Evidence:
     resamples: int = RESAMPLES
     seed: int = 0
     direction: str = "targets"
+    counted: str = "clean queries"
 
     def with_corrected(self, values: FloatArray) -> Evidence:
         """Return the same with other values for ``corrected``."""
@@ -184,8 +186,9 @@ def decide(
     """
     if int(evidence.clean.sum()) < max(thresholds.min_queries, 1):
         count = int(evidence.clean.sum())
-        check = Check("enough queries", False, f"{count} clean queries, fewer than {thresholds.min_queries}")
-        sentence = f"No-go: {count} clean queries are too few to tell; judge at least {thresholds.min_queries}."
+        counted = evidence.counted
+        check = Check("enough queries", False, f"{count} {counted}, fewer than {thresholds.min_queries}")
+        sentence = f"No-go: {count} {counted} are too few to tell; judge at least {thresholds.min_queries}."
         return Verdict("no-go", sentence, (check,), (), None, thresholds)
     case = _Case(evidence, thresholds)
     checks, rows = case.checks(), case.slice_rows
@@ -360,7 +363,7 @@ class _Case:
         return "; ".join(failed) or "a slice is harmed"
 
     def _queries(self) -> str:
-        return f"{int(self.evidence.clean.sum()):,} clean queries"
+        return f"{int(self.evidence.clean.sum()):,} {self.evidence.counted}"
 
     def _metric(self) -> str:
         return metric_name(self.evidence.metric)

@@ -72,7 +72,7 @@ def judge_conditions(
         found["rerank"] = search.quality_of(search.reranked(candidates))
     fresh = search.rows(corpus.queries, TensorVectors(corpus.fresh), search.deepest)
     found["fresh"] = search.quality_of(fresh)
-    return Judged(found, _overlap(corrected, fresh), tuple(notes))
+    return Judged(found, top_overlap(corrected, fresh), tuple(notes))
 
 
 def partial_mask(corpus: JudgedCorpus, num_pairs: int, *, seed: int) -> torch.Tensor:
@@ -94,7 +94,8 @@ def _candidates(search: Search, depth: int) -> npt.NDArray[np.int64] | None:
     return None if queries is None else search.rows(queries, TensorVectors(corpus.stale), depth)
 
 
-def _overlap(mine: npt.NDArray[np.int64], theirs: npt.NDArray[np.int64]) -> float:
+def top_overlap(mine: npt.NDArray[np.int64], theirs: npt.NDArray[np.int64]) -> float:
+    """Return the mean share of the ten best targets two rankings ``(queries, k)`` have in common."""
     shared = [len(np.intersect1d(a[:TOP], b[:TOP])) for a, b in zip(mine, theirs, strict=True)]
     return float(np.mean(shared) / min(TOP, theirs.shape[1]))
 

@@ -12,8 +12,10 @@ from hf_corrector.cache.side_store import open_side, stored_sides, write_counts
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_cache import ApplyOptions, side_kind, write_corrected
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, InputError
+from hf_corrector.exports.sentence_transformer import Encoder, save_as_sentence_transformer
 from hf_corrector.index_upgrade.corpus_sides import CorpusSide
 from hf_corrector.models.modeling_corrector import CorrectorModel
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.records import EncoderFingerprint, FittedTargets
 from hf_corrector.side_features import SideFeatures
 
@@ -108,6 +110,34 @@ class FittedCorrector:
         if isinstance(side, CorpusSide) and side.kind == "tokens" and side.manifest is not None:
             write_counts(path, side.manifest, side.blocks(), details=side.details())
         return path
+
+    def save_as_sentence_transformer(
+        self, path: str | Path, old_model: Encoder, new_model: Encoder | None = None
+    ) -> Path:
+        """Write the old encoder with the corrector behind it, and the new one beside it, for sentence-transformers.
+
+        Args:
+            path: A new or empty folder.
+            old_model: The encoder that made the cache: object, folder or Hub id.
+            new_model: The encoder it leads to, which then encodes queries; may be left out where targets are corrected.
+
+        Raises:
+            ConfigurationError: If the corrector cannot be repeated exactly, or it belongs to other encoders.
+            MissingDependencyError: If sentence-transformers is not installed.
+        """
+        if isinstance(new_model, DualEncoderModel) and new_model.fingerprint("target").digest != self.fitted.encoder:
+            raise ConfigurationError(
+                str(new_model.config.name_or_path), expected="the encoder the corrector was fitted to", got="another",
+                cure="Name the new encoder of that upgrade.",
+            )  # fmt: skip
+        if self.direction == "targets":
+            return save_as_sentence_transformer(self.model, path, old_model, query_model=new_model)
+        if new_model is None:
+            raise ConfigurationError(
+                "save_as_sentence_transformer", expected="the new encoder, whose queries are mapped", got="none",
+                cure="Give new_model.",
+            )  # fmt: skip
+        return save_as_sentence_transformer(self.model, path, new_model, document_model=old_model)
 
     @classmethod
     def load(cls, folder: str | Path) -> FittedCorrector:

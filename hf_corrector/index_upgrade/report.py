@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,18 +169,7 @@ class UpgradeReport:
 
     def table(self) -> str:
         """Return an aligned table for a terminal."""
-        primary = metric_name(self.judgement.primary)
-        priced = any(row.price is not None for row in self.rows)
-        lines = [["", primary, "95 %", "recovery", "of fresh", "passes", "hours", *(["price"] if priced else [])]]
-        for row in self.rows:
-            mean = row.metrics.get(self.judgement.primary)
-            level = ["-", ""] if mean is None else [number(mean.estimate), f"[{number(mean.low)}, {number(mean.high)}]"]
-            passes = f"{row.passes_per_query:,} a query" if row.passes_per_query else f"{row.passes:,}"
-            once = "-" if row.seconds is None else f"{row.seconds / 3600:.3g}"
-            hours = "" if row.passes_per_query else once
-            price = [] if not priced else ["" if row.price is None or not hours else f"{row.price:.2f}"]
-            lines.append([row.label, *level, _ratio(row.recovery), _ratio(row.retention), passes, hours, *price])
-        return "\n".join([self.head, "", *aligned(lines), "", *self.footer])
+        return upgrade_table(self.rows, self.judgement.primary, head=self.head, footer=self.footer)
 
     def save(self, folder: str | Path) -> Path:
         """Write corrector, pairs, fresh vectors and ``run.json`` into a folder, the record last.
@@ -208,6 +197,23 @@ class UpgradeReport:
         with open(path, "w", encoding="utf-8") as handle:
             for row in self.reembed_first.tolist():
                 handle.write(json.dumps(self.ids[row], ensure_ascii=False) + "\n")
+
+
+def upgrade_table(rows: list[UpgradeRow], primary: str, *, head: str, footer: Sequence[str]) -> str:
+    """Lay out rows for a terminal, with what was judged above and notes below."""
+    priced = any(row.price is not None for row in rows)
+    lines = [
+        ["", metric_name(primary), "95 %", "recovery", "of fresh", "passes", "hours", *(["price"] if priced else [])]
+    ]
+    for row in rows:
+        mean = row.metrics.get(primary)
+        level = ["-", ""] if mean is None else [number(mean.estimate), f"[{number(mean.low)}, {number(mean.high)}]"]
+        passes = f"{row.passes_per_query:,} a query" if row.passes_per_query else f"{row.passes:,}"
+        once = "-" if row.seconds is None else f"{row.seconds / 3600:.3g}"
+        hours = "" if row.passes_per_query else once
+        price = [] if not priced else ["" if row.price is None or not hours else f"{row.price:.2f}"]
+        lines.append([row.label, *level, _ratio(row.recovery), _ratio(row.retention), passes, hours, *price])
+    return "\n".join([head, "", *aligned(lines), "", *footer])
 
 
 def _ratio(value: Interval | Undefined | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from hf_corrector.models.chunked_embedding import embed_in_chunks
 from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig, hidden_size
 from hf_corrector.models.contrast import Distillation, DualEncoderOutput, SampledTargets, contrastive_loss
 from hf_corrector.models.modeling_corrector import CorrectorModel
+from hf_corrector.models.sentence_transformers_export import save_dual_encoder
 from hf_corrector.models.storage import CORRECTOR_FOLDER, TARGET_TOKENIZER_FOLDER, StoredDualEncoder
 from hf_corrector.models.text_encoding import Role, TextEncodingMixin, Tokens
 from hf_corrector.models.towers import hash_architecture, hash_modules, hash_tokenizer, pool, tower_from_config
@@ -118,6 +120,25 @@ class DualEncoderModel(TextEncodingMixin, StoredDualEncoder):
             compute_dtype=compute_dtype,
             revision=getattr(config.encoder, "_commit_hash", None),
         )
+
+    def save_as_sentence_transformer(self, path: str | Path) -> Path:
+        """Write a sentence-transformers model that makes the same vectors and loads without this package.
+
+        ``SentenceTransformer(path).encode_query`` and ``.encode_document`` are then what :meth:`encode_query` and
+        :meth:`encode_target` are here: prompts, lengths, pooling, projection and normalisation go along, and separate
+        towers become a ``Router``. The corrector does not, as fresh vectors need none.
+
+        Args:
+            path: A new or empty folder.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigurationError: If the folder holds something, or the model carries an adapter.
+            MissingDependencyError: If sentence-transformers is not installed.
+        """
+        return save_dual_encoder(self, path)
 
     # ------------------------------------------------------------------ training
 

@@ -22,6 +22,8 @@ _LEGACY_POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# Written today, and by releases before 6.
+_ROUTERS = ("sentence_transformers.base.modules.router.Router", "sentence_transformers.models.Router.Router")
 _ENDINGS = ((), ("Dense",), ("Normalize",), ("Dense", "Normalize"))
 # The first is written today, the others by releases of long ago.
 _TRANSFORMER_CONFIGS = tuple(
@@ -31,19 +33,26 @@ _TOKEN_STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 _IDENTITY_ACTIVATIONS = {"torch.nn.modules.linear.Identity", "torch.nn.Identity"}
 
 
+Projection = tuple[torch.Tensor, torch.Tensor | None]
+
+
 @dataclass(frozen=True)
 class SentenceTransformerSettings:
-    """What a sentence-transformers model adds to the transformer it holds.
+    """What a sentence-transformers model adds to the transformer it holds, or to the two it holds.
 
     Attributes:
         settings: Fields of DualEncoderConfig.
-        encoder_subfolder: Folder of the transformer inside the repository; empty for the root.
+        encoder_subfolder: Folder of the transformer (that of queries) inside the repository; empty for the root.
         projection: Weight ``(out, in)`` and bias ``(out,)`` of a Dense module, if there is one.
+        target_subfolder: Folder of the transformer of targets, where that is another one.
+        target_projection: The Dense module of targets, where their transformer is another one.
     """
 
     settings: dict[str, Any]
     encoder_subfolder: str
-    projection: tuple[torch.Tensor, torch.Tensor | None] | None
+    projection: Projection | None
+    target_subfolder: str | None = None
+    target_projection: Projection | None = None
 
 
 def read_settings(name: str, revision: str | None = None) -> SentenceTransformerSettings | None:
@@ -58,6 +67,34 @@ def read_settings(name: str, revision: str | None = None) -> SentenceTransformer
     modules = read_repository_json(name, "modules.json", revision)
     if modules is None:
         return None
+    routes = _routes(name, modules, revision)
+    found = _read_modules(name, routes["query"], revision)
+    if routes["document"] != routes["query"]:
+        found = _joined(name, found, _read_modules(name, routes["document"], revision))
+    config = read_repository_json(name, "config_sentence_transformers.json", revision) or {}
+    if config.get("truncate_dim"):
+        raise _unsupported(name, f"vectors cut to {config['truncate_dim']} numbers")
+    found.settings.update(role_prompts(config))
+    return found
+
+
+def _routes(name: str, modules: list[dict[str, Any]], revision: str | None) -> dict[str, list[dict[str, Any]]]:
+    """Return the modules queries and documents go through; the same where there is no router at the front."""
+    first, *others = modules
+    if first["type"] not in _ROUTERS:
+        return {"query": modules, "document": modules}
+    prefix = f"{first['path']}/" if first["path"] else ""
+    config = read_repository_json(name, f"{prefix}router_config.json", revision) or {}
+    types, structure = config.get("types", {}), config.get("structure", {})
+    if set(structure) != {"query", "document"} or config.get("parameters", {}).get("route_mappings"):
+        raise _unsupported(name, f"a router of the routes {sorted(structure)}")
+    return {
+        role: [*({"type": types[one], "path": f"{prefix}{one}"} for one in path), *others]
+        for role, path in structure.items()
+    }
+
+
+def _read_modules(name: str, modules: list[dict[str, Any]], revision: str | None) -> SentenceTransformerSettings:
     paths = _paths_by_kind(name, modules)
     settings: dict[str, Any] = _transformer(name, paths["Transformer"], revision)
     settings["pooling"] = _pooling(name, read_repository_json(name, f"{paths['Pooling']}/config.json", revision) or {})
@@ -68,11 +105,23 @@ def read_settings(name: str, revision: str | None = None) -> SentenceTransformer
     if "Dense" in paths:
         projection = _dense(name, paths["Dense"], revision)
         settings["projection_dim"] = projection[0].shape[0]
-    config = read_repository_json(name, "config_sentence_transformers.json", revision) or {}
-    if config.get("truncate_dim"):
-        raise _unsupported(name, f"vectors cut to {config['truncate_dim']} numbers")
-    settings.update(_prompts(config))
     return SentenceTransformerSettings(settings, paths["Transformer"], projection)
+
+
+def _joined(
+    name: str, query: SentenceTransformerSettings, target: SentenceTransformerSettings
+) -> SentenceTransformerSettings:
+    """Put two routes together, which may differ in their weights and lengths only."""
+    for key in ("pooling", "normalize", "projection_dim"):
+        if query.settings.get(key) != target.settings.get(key):
+            values = f"{query.settings.get(key)!r} and {target.settings.get(key)!r}"
+            raise _unsupported(name, f"routes that differ in {key}, {values}")
+    settings = {key: value for key, value in query.settings.items() if key != "target_max_length"}
+    if "target_max_length" in target.settings:
+        settings["target_max_length"] = target.settings["target_max_length"]
+    return SentenceTransformerSettings(
+        settings, query.encoder_subfolder, query.projection, target.encoder_subfolder, target.projection
+    )
 
 
 def _paths_by_kind(name: str, modules: list[dict[str, Any]]) -> dict[str, str]:
@@ -96,7 +145,8 @@ def read_repository_json(name: str, file: str, revision: str | None) -> Any:
 def _unsupported(name: str, what: str) -> ConfigurationError:
     return ConfigurationError(
         f"sentence-transformers model {name}",
-        expected="a Transformer, a Pooling, then perhaps a Dense without activation, then perhaps a Normalize",
+        expected="a Transformer, a Pooling, then perhaps a Dense without activation, then perhaps a Normalize, or a "
+        "Router of two such routes, 'query' and 'document'",
         got=what,
         cure="Use DualEncoderModel.from_encoder on its transformer and train a new head.",
     )
@@ -136,7 +186,7 @@ def _refuse_token_level(name: str, config: dict[str, Any]) -> None:
             raise _unsupported(name, f"a module that works on {config[key]}")
 
 
-def _dense(name: str, path: str, revision: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _dense(name: str, path: str, revision: str | None) -> Projection:
     config = read_repository_json(name, f"{path}/config.json", revision) or {}
     if config.get("activation_function") not in _IDENTITY_ACTIVATIONS or config.get("use_residual"):
         raise _unsupported(name, f"a Dense module with {config.get('activation_function')}")
@@ -146,7 +196,8 @@ def _dense(name: str, path: str, revision: str | None) -> tuple[torch.Tensor, to
     return weights["linear.weight"].float(), weights["linear.bias"].float() if "linear.bias" in weights else None
 
 
-def _prompts(config: dict[str, Any]) -> dict[str, str]:
+def role_prompts(config: dict[str, Any]) -> dict[str, str]:
+    """Return the prompts of both roles, as settings of a dual encoder, from those a model has under any names."""
     saved, default = config.get("prompts") or {}, config.get("default_prompt_name")
     prompts = {key: prompt for key, prompt in saved.items() if prompt is not None}
     fallback = prompts.get(default, "") if default else ""

@@ -66,7 +66,8 @@ class StoredDualEncoder(PreTrainedModel):
         """Make a dual encoder from any Hugging Face encoder.
 
         Where ``name`` is a sentence-transformers model, its pooling, normalisation, prompts, projection and maximum
-        length are taken over unless ``settings`` say otherwise.
+        length are taken over unless ``settings`` say otherwise; where it routes queries and documents through
+        transformers of their own, both become towers.
 
         Args:
             name: Folder or Hub id of the query encoder, and of the target encoder unless ``target_name`` is given.
@@ -83,8 +84,12 @@ class StoredDualEncoder(PreTrainedModel):
         check_settings(settings)
         found = read_settings(name, revision)
         source = TowerSource(name, revision, "" if found is None else found.encoder_subfolder, num_hidden_layers)
-        target_source = source if target_name is None else TowerSource(target_name, None, "", num_hidden_layers)
-        separate = separate_towers or target_name is not None
+        target_source = source
+        if target_name is not None:
+            target_source = TowerSource(target_name, None, "", num_hidden_layers)
+        elif found is not None and found.target_subfolder is not None:
+            target_source = TowerSource(name, revision, found.target_subfolder, num_hidden_layers)
+        separate = separate_towers or target_source is not source
         config, tokenizer = source.load_config(), source.load_tokenizer()
         target_config, target_tokenizer = target_source.load_config(), target_source.load_tokenizer()
         lengths = {
@@ -103,15 +108,14 @@ class StoredDualEncoder(PreTrainedModel):
         model.tokenizer, model.target_tokenizer = tokenizer, target_tokenizer if separate else tokenizer
         if found is not None and "projection_dim" not in settings:
             model._set_projection(found)
-        return model._loaded_from("encoders", (source, target_source) if target_name is not None else (source,))
+        return model._loaded_from("encoders", (source,) if target_source is source else (source, target_source))
 
     @torch.no_grad()
     def _set_projection(self, found: SentenceTransformerSettings) -> None:
-        if found.projection is None:
-            return
-        weight, bias = found.projection
-        for layer in (self.projection, self.target_projection):
-            if layer is not None:
+        of_targets = found.projection if found.target_projection is None else found.target_projection
+        for layer, given in ((self.projection, found.projection), (self.target_projection, of_targets)):
+            if layer is not None and given is not None:
+                weight, bias = given
                 layer.weight.copy_(weight)
                 layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias)
 

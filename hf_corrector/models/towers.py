@@ -99,7 +99,7 @@ class TowerSource:
         try:
             tower, info = _auto_class(config).from_pretrained(
                 self.name, config=config, revision=self.revision, subfolder=self.subfolder, dtype=torch.float32,
-                output_loading_info=True, **_build_kwargs(config),
+                output_loading_info=True, **build_kwargs(config),
             )  # fmt: skip
         finally:
             logging.set_verbosity(verbosity)
@@ -128,7 +128,7 @@ def check_length(name: str, config: PreTrainedConfig, length: int) -> None:
         )  # fmt: skip
 
 
-def _build_kwargs(config: PreTrainedConfig) -> dict[str, Any]:
+def build_kwargs(config: PreTrainedConfig) -> dict[str, Any]:
     """Leave out a BERT-like pooler: its weights change no vector and would never see a gradient."""
     mapping = _auto_class(config)._model_mapping
     if type(config) not in mapping:
@@ -144,7 +144,7 @@ def _build_kwargs(config: PreTrainedConfig) -> dict[str, Any]:
 
 def tower_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a tower with random weights."""
-    return _auto_class(config).from_config(config, **_build_kwargs(config))
+    return _auto_class(config).from_config(config, **build_kwargs(config))
 
 
 def check_complete(name: str, model: PreTrainedModel, loading_info: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Writing correctors in forms that other programs load without this package."""
