@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderConfig, DualEncoderModel
+from hf_corrector.rag import RetrievalAugmentedConfig, RetrievalAugmentedModel
 from hf_corrector.version import __version__
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from hf_corrector.index_upgrade.upgrading import upgrade
     from hf_corrector.index_upgrade.vector_inputs import JudgedVectors
     from hf_corrector.index_upgrade.vector_upgrade import VectorUpgradeReport, upgrade_vectors
+    from hf_corrector.rag.generation import GenerationOptions
+    from hf_corrector.rag.passages import NearestPassages
+    from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
+    from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
     from hf_corrector.records import EncoderFingerprint, RunRecord
     from hf_corrector.side_features import DenseSide, TokenCounts
     from hf_corrector.training.arguments import DualEncoderTrainingArguments
@@ -69,6 +74,10 @@ _HOMES = {
     "JudgedVectors": "hf_corrector.index_upgrade.vector_inputs",
     "save_as_sentence_transformer": "hf_corrector.exports.sentence_transformer",
     "save_for_numpy": "hf_corrector.exports.numpy_worker",
+    "RetrievalAugmentedTrainingArguments": "hf_corrector.rag.rag_arguments",
+    "RetrievalAugmentedTrainer": "hf_corrector.rag.rag_trainer",
+    "NearestPassages": "hf_corrector.rag.passages",
+    "GenerationOptions": "hf_corrector.rag.generation",
 }
 
 __all__ = [
@@ -107,6 +116,12 @@ __all__ = [
     "JudgedVectors",
     "save_as_sentence_transformer",
     "save_for_numpy",
+    "RetrievalAugmentedConfig",
+    "RetrievalAugmentedModel",
+    "RetrievalAugmentedTrainingArguments",
+    "RetrievalAugmentedTrainer",
+    "NearestPassages",
+    "GenerationOptions",
     "__version__",
 ]
 

@@ -131,6 +131,23 @@ def test_gradients_reach_what_the_objective_trains_and_nothing_else(tiny_encoder
         assert norm_of(retriever.corrector) == 0
 
 
+@pytest.mark.parametrize("name", [one for one in OBJECTIVES if one != "generator_only"])
+def test_the_retriever_learns_from_a_reader_that_stays_as_it_is(tiny_encoder: str, name: str) -> None:
+    model = rag_of(tiny_encoder, "t5")
+    model.generator.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.retriever.parameters(), lr=1e-3)
+    every, losses = [list(range(len(PASSAGES)))] * 3, []
+    for _ in range(8):
+        optimizer.zero_grad()
+        outputs = model(
+            **step_inputs(model), candidate_fn=lambda _: retrieved_of(model, every), objective=Objective(name)
+        )  # fmt: skip
+        outputs.loss.backward()
+        optimizer.step()
+        losses.append(float((outputs.loss if name == "marginal" else outputs.retriever_loss).detach()))
+    assert losses[-1] < losses[0] - 0.01
+
+
 def test_the_loss_is_computed_in_float32_under_autocast(models: Any) -> None:
     model = models["t5"]
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -27,7 +27,7 @@ def train(encoder: str, out: Path, changes: dict[str, Any], checkpoint: str | No
     online = None if trainer.live_cache is None else trainer.live_cache.online
     return {
         "losses": [entry["loss"] for entry in logs],
-        "likelihoods": [entry.get("answer_log_likelihood") for entry in logs],
+        "likelihoods": [entry.get("answer_log_likelihood", 0.0) for entry in logs],
         "rows": None if online is None else online.window.state()["window_rows"],
         "weights": {name: one.clone() for name, one in trainer.rag.state_dict().items()},
         "quality": trainer.evaluate()["eval_answer_log_likelihood"],
