@@ -27,12 +27,13 @@ from hf_corrector.index_upgrade.conditions import ErrorPredictor
 from hf_corrector.index_upgrade.fits import FitPairs, fit_one
 from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
 from hf_corrector.index_upgrade.inputs import UpgradeInputs
-from hf_corrector.index_upgrade.measuring import Urgency
+from hf_corrector.index_upgrade.measuring import LOGGED_DEPTH, Urgency
 from hf_corrector.index_upgrade.options import UpgradeOptions
 from hf_corrector.index_upgrade.report import UpgradeReport
 from hf_corrector.index_upgrade.upgrading import upgrade
 from hf_corrector.metrics import mrr_at_k
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.pair_choice import traffic_of_searches
 from hf_corrector.records import EncoderFingerprint, RunRecord
 
 KINDS = ("mean_shift", "affine")
@@ -210,6 +211,27 @@ def test_what_to_reembed_first_is_ordered_over_the_whole_of_a_large_corpus(with_
     urgent = predicted if traffic is None else np.maximum(predicted, 0) * (1 + traffic)
     first = Urgency(inputs, chosen, traffic=traffic, seed=0).first(0.1)
     assert np.array_equal(first, np.argsort(-urgent, kind="stable")[:7000])
+
+
+def test_what_to_reembed_first_is_weighed_by_traffic_only_where_that_is_asked_for(
+    cache: TargetCache, new: DualEncoderModel, old: DualEncoderModel, data: RetrievalData
+) -> None:
+    log = {str(query): 5.0 for query in data.train["query"][:10]}
+    rules = Thresholds(min_recovery=0.95, reembed_shares=(0.3, 0.9))
+    options = replace(FAST, kinds=("affine",), thresholds=rules, query_log=log)
+    found = ExactIndex(cache).search(old.encode_query(list(log)), LOGGED_DEPTH).rows.numpy()
+    traffic = traffic_of_searches(found, len(cache), counts=list(log.values()))
+    asked_for = {}
+    for weigh in (False, True):
+        changed = replace(options, reembed_by_traffic=weigh)
+        report = upgrade(cache, new, data, num_pairs=20, old_model=old, side=None, pairs="traffic", options=changed)
+        assert report.decision.decision == "re-embed first", report.verdict
+        asked_for[weigh] = traffic[report.reembed_first[:50]].mean()
+    assert asked_for[True] > 2 * asked_for[False]
+    with pytest.raises(ConfigurationError, match="reembed_by_traffic"):
+        upgrade(
+            cache, new, data, num_pairs=20, old_model=old, side=None, options=replace(FAST, reembed_by_traffic=True)
+        )
 
 
 def test_sample_of_the_corpus_is_judged_and_said_so(

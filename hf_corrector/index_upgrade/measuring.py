@@ -53,6 +53,11 @@ class ChosenPairs:
 def pair_choice(inputs: UpgradeInputs, wanted: Wanted, options: UpgradeOptions) -> ChosenPairs:
     """Choose which targets to re-encode for fitting; what answers a judged query is held out."""
     traffic, passes = None, 0
+    if options.reembed_by_traffic and wanted.pairs != "traffic":
+        raise ConfigurationError(
+            "reembed_by_traffic", expected="pairs='traffic', which finds out what is asked for",
+            got=f"pairs={wanted.pairs!r}", cure="Leave it out: by predicted error alone, less is left wrong.",
+        )  # fmt: skip
     if wanted.pairs == "traffic":
         traffic, passes = _traffic(inputs, options)
     limits = Limits(inputs.positives, options.duplicate_cosine, options.seed)
@@ -212,7 +217,7 @@ class Urgency:
     Args:
         inputs: The cache.
         chosen: The corrector.
-        traffic: How often each target is asked for, where known, ``(rows,)``.
+        traffic: How often each target is asked for, ``(rows,)``, if the order is to be weighed by it.
         seed: Seed of the folds.
     """
 

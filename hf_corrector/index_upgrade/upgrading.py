@@ -121,7 +121,8 @@ def _run(inputs: UpgradeInputs, wanted: Wanted, options: UpgradeOptions, clock: 
     clean = clean_queries(inputs.relevant, chosen.choice.rows)  # all of them, by the way pairs are chosen
     judgement = compare(judged.per_query, clean=clean, options=options.judging)
     evidence = evidence_of(inputs, judgement, slices, wanted=wanted, options=options, clean=clean)
-    urgency = Urgency(inputs, choice.fit, traffic=chosen.traffic, seed=options.seed)
+    traffic = chosen.traffic if options.reembed_by_traffic else None
+    urgency = Urgency(inputs, choice.fit, traffic=traffic, seed=options.seed)
     verdict = decide(evidence, options.thresholds, reembed=_reembed(urgency, search, inputs, judgement.primary))
     clock.lap("judge")
     watched = Watched(corpus.cosines(choice.fit, without=chosen.choice.rows), judged.overlap)
