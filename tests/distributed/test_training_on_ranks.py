@@ -137,6 +137,20 @@ def test_an_adapter_that_two_processes_trained_has_the_same_vectors_in_another_p
         assert torch.equal(loaded, first["vectors"])
 
 
+def test_bfloat16_on_several_processes_differs_from_one_by_its_rounding_alone(
+    tiny_encoder: str, tmp_path: Path
+) -> None:
+    """Gradients are products over other rows, rounded to 8 bits; what is drawn follows them step by step."""
+    changes = {"bf16": True, "learning_rate": 0.002}
+    (alone,) = run_on_ranks(train, 1, tiny_encoder, tmp_path / "1", changes, timeout=180)
+    for count in (2, 4):
+        results = run_on_ranks(train, count, tiny_encoder, tmp_path / str(count), changes, timeout=180)
+        assert results[0]["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-3)
+        assert results[0]["losses"] == pytest.approx(alone["losses"], rel=0.02)
+        for name, weight in results[0]["weights"].items():
+            assert all(torch.equal(weight, other["weights"][name]) for other in results), name
+
+
 def die_in_the_third_step(encoder: str, out: Path) -> None:
     trainer = trainer_of(encoder, out, {"max_steps": 50})
     if _distributed.rank() == 1:
@@ -174,8 +188,9 @@ def resume(encoder: str, out: Path, changes: dict[str, Any], checkpoint: str | N
         {"scan": "amortised"},
         {"corrector_kind": "residual_mlp", "scan": "amortised"},
         {"adapted": ATTENTION, "gradient_accumulation_steps": 2},
+        {"bf16": True},
     ],
-    ids=["affine", "amortised", "network", "adapter"],
+    ids=["affine", "amortised", "network", "adapter", "bfloat16"],
 )
 def test_a_resumed_run_of_two_processes_equals_the_uninterrupted_one_bit_for_bit(
     tiny_encoder: str, tmp_path: Path, changes: dict[str, Any]
