@@ -15,7 +15,7 @@ from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.index.base import RowVectors
-from hf_corrector.index.scan import check_k
+from hf_corrector.index.exact import check_k
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.records import FittedTargets
 from hf_corrector.search_strategies import (

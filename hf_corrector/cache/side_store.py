@@ -18,12 +18,11 @@ import numpy.typing as npt
 import torch
 
 from hf_corrector.cache.entries import DATA_START, ShardEntry, require, typed_fields
-from hf_corrector.cache.folder_lock import locked
 from hf_corrector.cache.manifest import CacheManifest
 from hf_corrector.cache.row_files import runs
 from hf_corrector.cache.sealed import FORMAT_VERSION, read_sealed, write_sealed
 from hf_corrector.cache.shard_files import TensorSpec, check_blocks, corrupted, map_file, tensor_of, write_file
-from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.cache.target_cache import TargetCache, locked_as_opened
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.side_features import SIDES, DenseSide, TokenCounts
 
@@ -77,8 +76,7 @@ def save_side(cache: TargetCache, features: StoredSide, *, details: dict[str, An
             f"side features {features.kind!r}", expected=f"one row for each of the {len(cache)} targets",
             got=f"{len(features)} rows", cure="Pass them in the row order of the cache.",
         )  # fmt: skip
-    with locked(cache.path):
-        _check_current(cache)
+    with locked_as_opened(cache):
         if isinstance(features, TokenCounts):
             write_counts(cache.path, cache.manifest, [features], details=details)
         else:
@@ -87,8 +85,7 @@ def save_side(cache: TargetCache, features: StoredSide, *, details: dict[str, An
 
 def save_counts(cache: TargetCache, blocks: Iterable[TokenCounts], *, details: dict[str, Any] | None = None) -> None:
     """Store token counts that come some targets at a time, see :func:`save_side`."""
-    with locked(cache.path):
-        _check_current(cache)
+    with locked_as_opened(cache):
         write_counts(cache.path, cache.manifest, blocks, details=details)
 
 
@@ -97,8 +94,7 @@ def save_dense(
 ) -> None:
     """Store a dense matrix that comes some targets at a time as float32, see :func:`save_side`."""
     manifest, folder = cache.manifest, cache.path
-    with locked(folder):
-        _check_current(cache)
+    with locked_as_opened(cache):
         specs = [TensorSpec("side", "F32", (len(cache), width))]
         parts = _block_parts(blocks, rows=len(cache), width=width)
         entry = write_file(folder / _array_file(manifest, kind), specs, parts=parts, rows=len(cache), row0=0)
@@ -239,14 +235,6 @@ def _record_file(manifest: CacheManifest, kind: str) -> str:
 
 def _record_path(folder: Path, manifest: CacheManifest, kind: str) -> Path:
     return folder / _record_file(manifest, kind)
-
-
-def _check_current(cache: TargetCache) -> None:
-    if CacheManifest.load(cache.path) != cache.manifest:
-        raise CacheMismatchError(
-            str(cache.path), expected="the cache that was opened", got="another generation of it",
-            cure="Open the cache again.",
-        )  # fmt: skip
 
 
 def _load(cache: TargetCache, kind: str, folder: Path) -> tuple[SideRecord, ShardEntry]:
