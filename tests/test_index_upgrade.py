@@ -24,6 +24,7 @@ from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.verdict import Thresholds
 from hf_corrector.index.exact import ExactIndex
 from hf_corrector.index_upgrade.conditions import ErrorPredictor
+from hf_corrector.index_upgrade.corpus_sides import CorpusSide
 from hf_corrector.index_upgrade.fits import FitPairs, fit_one
 from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
 from hf_corrector.index_upgrade.inputs import UpgradeInputs
@@ -363,24 +364,46 @@ def test_tokens_the_old_cache_lacks_are_stored_with_it_so_that_they_can_be_appli
     assert torch.equal(loaded.read(0, TARGETS), expected.read(0, TARGETS))
 
 
-def test_tokens_are_kept_with_the_corrector_where_the_cache_cannot_be_written(
+def test_word_embeddings_are_stored_with_the_cache_so_that_a_loaded_corrector_applies(
     cache: TargetCache, new: DualEncoderModel, data: RetrievalData, tmp_path: Path
 ) -> None:
     bare = without_tokens(cache, tmp_path / "bare")
-    settings = {"num_pairs": PAIRS, "kind": "affine", "side": "tokens", "options": FAST}
+    settings = {"num_pairs": PAIRS, "kind": "affine", "side": "word_embeddings", "options": FAST}
+    report = upgrade(bare, new, data, **settings)
+    assert stored_sides(bare) == ("word_embeddings",)
+    read_off = CorpusSide(data.corpus, new, "word_embeddings")
+    stored = open_side(bare, "word_embeddings", verify="full")
+    torch.testing.assert_close(stored.read(0, TARGETS), read_off.read(0, TARGETS), atol=1e-6, rtol=0)
+    assert report.corrector.fitted.side_details == side_details(bare, "word_embeddings") == read_off.details()
+    out = report.save(tmp_path / "out")
+    assert not list((out / "corrector").glob("side-*"))
+    loaded = FittedCorrector.load(out / "corrector").apply(bare.path, tmp_path / "new")
+    expected = report.corrector.apply(bare, tmp_path / "new2")
+    assert torch.equal(loaded.read(0, TARGETS), expected.read(0, TARGETS))
+    again = upgrade(bare, new, data, **settings)
+    assert again.judgement.to_dict() == report.judgement.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "word_embeddings"])
+def test_side_features_are_kept_with_the_corrector_where_the_cache_cannot_be_written(
+    cache: TargetCache, new: DualEncoderModel, data: RetrievalData, tmp_path: Path, kind: str
+) -> None:
+    bare = without_tokens(cache, tmp_path / "bare")
+    settings = {"num_pairs": PAIRS, "kind": "affine", "side": kind, "options": FAST}
     with locked(bare.path):
         report = upgrade(bare, new, data, **settings)
         out = report.save(tmp_path / "out")
         assert stored_sides(bare) == ()
-        with pytest.raises(CacheMismatchError, match=r"copy the files side-tokens\.g0\.safetensors"):
-            open_side(bare, "tokens")
+        with pytest.raises(CacheMismatchError, match=rf"copy the files side-{kind}\.g0\.safetensors"):
+            open_side(bare, kind)
         loaded = FittedCorrector.load(out / "corrector").apply(bare, tmp_path / "new")
-    model, counts = report.corrector.model, open_side(cache, "tokens")
-    assert torch.equal(model.side_idf, counts.statistics().idf)  # of the whole corpus
-    assert torch.allclose(loaded.read(0, TARGETS), model.correct(bare.read(0, TARGETS), counts), atol=1e-6)
+    model, side = report.corrector.model, CorpusSide(data.corpus, new, kind)
+    if kind == "tokens":
+        assert torch.equal(model.side_idf, side.statistics().idf)  # of the whole corpus
+    assert torch.allclose(loaded.read(0, TARGETS), model.correct(bare.read(0, TARGETS), side), atol=1e-6)
     for path in (out / "corrector").glob("side-*"):
         shutil.copy(path, bare.path)
-    assert len(open_side(bare, "tokens", verify="full")) == TARGETS
+    assert len(open_side(bare, kind, verify="full")) == TARGETS
 
 
 def test_kept_vectors_of_other_texts_under_the_same_ids_are_made_anew(

@@ -93,13 +93,8 @@ def save_dense(
     cache: TargetCache, blocks: Iterable[DenseSide], *, kind: str, width: int, details: dict[str, Any] | None = None
 ) -> None:
     """Store a dense matrix that comes some targets at a time as float32, see :func:`save_side`."""
-    manifest, folder = cache.manifest, cache.path
     with locked_as_opened(cache):
-        specs = [TensorSpec("side", "F32", (len(cache), width))]
-        parts = _block_parts(blocks, rows=len(cache), width=width)
-        entry = write_file(folder / _array_file(manifest, kind), specs, parts=parts, rows=len(cache), row0=0)
-        stored = {"kind": kind, "width": width, "vocabulary": 0, "stored": "F32"}
-        _save_record(folder, manifest, entry, stored=stored, details=details)
+        write_blocks(cache.path, cache.manifest, blocks, kind=kind, width=width, details=details)
 
 
 def open_side(
@@ -201,6 +196,24 @@ def write_dense(
     _save_record(folder, manifest, entry, stored=stored, details=details)
 
 
+def write_blocks(
+    folder: Path,
+    manifest: CacheManifest,
+    blocks: Iterable[DenseSide],
+    *,
+    kind: str,
+    width: int,
+    details: dict[str, Any] | None = None,
+) -> None:
+    """Write a dense matrix that comes some rows at a time, as float32; the caller holds the lock."""
+    rows = manifest.rows
+    specs = [TensorSpec("side", "F32", (rows, width))]
+    parts = _block_parts(blocks, rows=rows, width=width)
+    entry = write_file(folder / _array_file(manifest, kind), specs, parts=parts, rows=rows, row0=0)
+    stored = {"kind": kind, "width": width, "vocabulary": 0, "stored": "F32"}
+    _save_record(folder, manifest, entry, stored=stored, details=details)
+
+
 def merged_counts(old: TokenCounts, added: TokenCounts, sources: npt.NDArray[np.int64]) -> Iterator[TokenCounts]:
     """Yield the counts of an edited cache, some rows at a time.
 
@@ -242,15 +255,18 @@ def _load(cache: TargetCache, kind: str, folder: Path) -> tuple[SideRecord, Shar
         raise ConfigurationError("side features", expected=f"one of {SIDES}", got=repr(kind), cure="Choose one.")
     path = _record_path(folder, cache.manifest, kind)
     if not path.exists():
+        kept = (
+            "If an upgrade could not write into the cache's folder, it kept them in that of its corrector: copy the "
+            f"files {_array_file(cache.manifest, kind)} and {path.name} from there."
+        )
         ways = {
-            "tokens": "Run 'hf-corrector embed' with the cache's own encoder and data again: it adds them. If an "
-            "upgrade could not write into the cache's folder, it kept them in that of its corrector: copy the files "
-            f"{_array_file(cache.manifest, kind)} and {path.name} from there.",
+            "tokens": f"Run 'hf-corrector embed' with the cache's own encoder and data again: it adds them. {kept}",
+            "word_embeddings": f"'hf-corrector upgrade --side word_embeddings' on this cache stores them. {kept}",
             "matrix": "Store them with save_side(), or with 'hf-corrector embed --side matrix.npy'.",
         }
         raise CacheMismatchError(
             str(folder), expected=f"side features {kind!r} stored with the cache",
-            got=f"only {list(stored_sides(cache))}", cure=ways.get(kind, "Store them with save_side()."),
+            got=f"only {list(stored_sides(cache))}", cure=ways[kind],
         )  # fmt: skip
     record = SideRecord(**typed_fields(SideRecord, read_sealed(path), where=str(path)))
     if record.manifest != cache.manifest.checksum:

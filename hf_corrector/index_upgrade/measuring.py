@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_corrector.cache.side_store import open_side, save_counts, side_details, stored_sides
+from hf_corrector.cache.side_store import open_side, side_details, stored_sides
 from hf_corrector.data.retrieval import column
 from hf_corrector.errors import CacheError, ConfigurationError, DataError
 from hf_corrector.evaluation.evaluator import BoolArray, Judgement
@@ -106,21 +106,20 @@ def choice_options(inputs: UpgradeInputs, wanted: Wanted, options: UpgradeOption
 def available_sides(inputs: UpgradeInputs, wanted: Wanted) -> dict[str, SideFeatures]:
     """Return the side features to compare with and without, of all targets, by kind.
 
-    Tokens that the cache does not store are counted once and stored in its folder, which changes no vector, so that
-    whoever applies the corrector finds the same. Where that cannot be written they are read off the corpus.
+    What the cache does not store is made once and stored in its folder, which changes no vector, so that whoever
+    applies the corrector finds the same. Where that cannot be written it is read off the corpus.
     """
     if wanted.side is None or wanted.direction == "queries":
         return {}
     kind = "tokens" if wanted.side == "auto" else wanted.side
     if kind in stored_sides(inputs.cache):
         return {kind: open_side(inputs.cache, kind)}
-    if kind != "tokens":
-        return {kind: CorpusSide(inputs.data.corpus, inputs.model, kind)}
     # The cache's own encoder is whose tokens 'embed' would have stored.
-    reader, cache = inputs.old_model or inputs.model, inputs.cache
+    reader = (inputs.old_model or inputs.model) if kind == "tokens" else inputs.model
+    cache = inputs.cache
     read_off = CorpusSide(inputs.data.corpus, reader, kind, cache.manifest)
     try:
-        save_counts(cache, read_off.blocks(), details=read_off.details())
+        read_off.store(cache)
     except (OSError, CacheError):  # a folder that is read-only, full, or being written into
         return {kind: read_off}
     return {kind: open_side(cache, kind)}

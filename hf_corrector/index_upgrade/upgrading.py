@@ -56,8 +56,9 @@ def upgrade(  # noqa: PLR0913 - the questions a user answers, each with a defaul
     answers a judged query never is among the fitting pairs.
 
     Where correctors may read the targets' tokens and the old cache stores none, they are counted once and stored in its
-    folder, as ``hf-corrector embed`` does; its vectors are only read. If nothing can be written there, the saved report
-    keeps the tokens with the corrector.
+    folder, as ``hf-corrector embed`` does, and so are the new encoder's word embeddings, averaged for each target, with
+    ``side="word_embeddings"``; its vectors are only read. If nothing can be written there, the saved report keeps the
+    side features with the corrector.
 
     Args:
         old_cache: Vectors of the old encoder: a cache or its folder.
