@@ -163,7 +163,7 @@ class Landmarks:
     def features(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return Nyström features of vectors ``(n, dim)``, ``(n, p)``; no second matrix of that size is made."""
         found = torch.empty(len(vectors), len(self.points), dtype=vectors.dtype)
-        for rows, piece in zip(found.split(PIECE_ROWS), vectors.split(PIECE_ROWS), strict=True):
+        for rows, piece in zip(torch.split(found, PIECE_ROWS), torch.split(vectors, PIECE_ROWS), strict=True):
             torch.matmul(radial(piece, self.points, self.width), self.whitening, out=rows)
         return found
 
@@ -193,7 +193,7 @@ class DenseBlocks:
     def forward(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Return features @ coefficients: ``(m, k)`` to ``(n, k)``."""
         found = torch.zeros(len(self._parts[0][0]), coefficients.shape[1], dtype=torch.float64)
-        for (matrix, factor), part in zip(self._parts, coefficients.split(self._widths), strict=True):
+        for (matrix, factor), part in zip(self._parts, torch.split(coefficients, self._widths), strict=True):
             found.addmm_(matrix, part, alpha=factor)
         return found
 

@@ -324,7 +324,7 @@ def conjugate_gradients(
     """
     kernel = _Kernel(blocks, noise, strengths)
     solution = torch.empty_like(residual)
-    for found, wanted in zip(solution.split(CG_COLUMNS, dim=1), residual.split(CG_COLUMNS, dim=1), strict=True):
+    for found, wanted in zip(*(torch.split(one, CG_COLUMNS, dim=1) for one in (solution, residual)), strict=True):
         found.copy_(_solve_columns(kernel, wanted.contiguous()))
     return solution
 
