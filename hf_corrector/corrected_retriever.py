@@ -48,7 +48,7 @@ class RetrieverOptions:
         snapshot: Of backend ``"exact"``: keep all corrected rows, in float32 or bfloat16 (single rows that decide are
             then corrected again), or correct chunk by chunk in every search (``"none"``).
         shortlist: Of backends ``"two_stage"`` and ``"faiss"``: candidates per query that the corrector itself judges;
-            four times k, and at least 40, if not given. ``"two_stage"`` then finds four times as many where the
+            four times k, and at least 40, if not given. ``"two_stage"`` then finds eight times as many where the
             corrector is no affine map, and judges also those of them that may be among the best, going by how far the
             map was off for the first ones.
         certify: Of backend ``"two_stage"``: bound for every row how far the affine map is off (that costs as much as

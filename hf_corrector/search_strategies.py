@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _RESCORED_PAIRS = 8192
 _LEAST_SHORTLIST = 40
 # Candidates the scan finds where the map is only near to the corrector, relative to those that are judged in any case.
-_LONGER = 4
-# Spreads. The first ones are where the map is rather too high than too low, so that two leave out too many.
-_LIKELY = 3.0
+_LONGER = 8
+# Spreads. The first ones are where the map is rather too high than too low, so that two or three leave out too many.
+_LIKELY = 4.0
 
 Excluded = Sequence[npt.NDArray[np.int64]] | None
 
