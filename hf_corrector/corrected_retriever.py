@@ -15,7 +15,7 @@ from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.index.base import RowVectors
-from hf_corrector.index.scan import check_k
+from hf_corrector.index.exact import check_k
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.records import FittedTargets
 from hf_corrector.search_strategies import (
@@ -48,7 +48,9 @@ class RetrieverOptions:
         snapshot: Of backend ``"exact"``: keep all corrected rows, in float32 or bfloat16 (single rows that decide are
             then corrected again), or correct chunk by chunk in every search (``"none"``).
         shortlist: Of backends ``"two_stage"`` and ``"faiss"``: candidates per query that the corrector itself judges;
-            four times k, and at least 40, if not given.
+            four times k, and at least 40, if not given. ``"two_stage"`` then finds eight times as many where the
+            corrector is no affine map, and judges also those of them that may be among the best, going by how far the
+            map was off for the first ones.
         certify: Of backend ``"two_stage"``: bound for every row how far the affine map is off (that costs as much as
             correcting all rows once) and say which queries are exact; without ``shortlist``, judge as many candidates
             as it takes to make all exact.

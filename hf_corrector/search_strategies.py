@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _RESCORED_PAIRS = 8192
 _LEAST_SHORTLIST = 40
+# Candidates the scan finds where the map is only near to the corrector, relative to those that are judged in any case.
+_LONGER = 8
+# Spreads. The first ones are where the map is rather too high than too low, so that two or three leave out too many.
+_LIKELY = 4.0
 
 Excluded = Sequence[npt.NDArray[np.int64]] | None
 
@@ -62,16 +66,43 @@ class _Judge:
 
     def best_of(self, shortlist: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows and scores of the ``k`` best of each query's shortlist ``(queries, m)``, padded if need be."""
+        return _best(shortlist, self.scores_of(shortlist), k)
+
+    def best_of_likely(self, found: SearchResult, k: int, *, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the same for the ``first`` of a long shortlist and those of the others that may be among the best.
+
+        How far the shortlist's own scores are off for the first ones of a query says how far they may be off for the
+        others: one is judged if its score, moved by the mean of these errors and :data:`_LIKELY` times their spread,
+        reaches the k-th best of the first ones.
+        """
+        head, rest = found.rows[:, :first], found.rows[:, first:]
+        scores = self.scores_of(head)
+        errors = (scores - found.scores[:, :first].cpu()).masked_fill(head.cpu() < 0, torch.nan)
+        mean = errors.nanmean(dim=1, keepdim=True)
+        spread = (errors - mean).square().nanmean(dim=1, keepdim=True).sqrt()
+        bar = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]
+        likely = found.scores[:, first:].cpu() + mean + _LIKELY * spread >= bar
+        others = rest.masked_fill(~likely.to(rest.device), -1)
+        return _best(torch.cat([head, others], dim=1), torch.cat([scores, self.scores_of(others)], dim=1), k)
+
+    def scores_of(self, shortlist: torch.Tensor) -> torch.Tensor:
+        """Return the scores of each query's shortlist, ``(queries, m)`` on the CPU; -inf where it names no row."""
         scores = torch.full(shortlist.shape, float("-inf"))
         step = max(1, _RESCORED_PAIRS // max(1, shortlist.shape[1]))
         for first in range(0, len(shortlist), step):
             part = shortlist[first : first + step]
             lines, places = (part >= 0).nonzero(as_tuple=True)
+            if not len(lines):
+                continue
             scores[lines + first, places] = self.of_pairs(lines + first, part[lines, places]).cpu()
-        keys = pack(scores, shortlist.clamp(min=0))
-        if keys.shape[1] < k:
-            keys = torch.nn.functional.pad(keys, (0, k - keys.shape[1]), value=torch.iinfo(torch.int64).min)
-        return unpack(keys.topk(k, dim=1).values)
+        return scores
+
+
+def _best(rows: torch.Tensor, scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    keys = pack(scores, rows.clamp(min=0))
+    if keys.shape[1] < k:
+        keys = torch.nn.functional.pad(keys, (0, k - keys.shape[1]), value=torch.iinfo(torch.int64).min)
+    return unpack(keys.topk(k, dim=1).values)
 
 
 class ExactStrategy:
@@ -121,9 +152,10 @@ class TwoStageStrategy:
         mask, judge = _mask(excluded, queries, self.rows), _Judge(self.rows, queries)
         if self.slack is None:
             size = shortlist_size(self.shortlist, k)
-            found = scan(self.scanned, Probe(folded, offsets, self.inverse_norms), size, mask=mask)
-            exact = torch.zeros(len(queries), dtype=torch.bool)
-            return CorrectedResult(*judge.best_of(found.rows, k), exact=exact | (len(self.rows) <= size))
+            longer = size if self.shortlist is not None or self.view.exact else _LONGER * size
+            found = scan(self.scanned, Probe(folded, offsets, self.inverse_norms), longer, mask=mask)
+            exact = torch.full((len(queries),), len(self.rows) <= size)
+            return CorrectedResult(*judge.best_of_likely(found, k, first=size), exact=exact)
         probe = Probe(folded, offsets, self.inverse_norms, self.slack, reach=queries.norm(dim=1))
         if self.shortlist is None:
             return _proved(scan(self.scanned, probe, k, mask=mask, rescore=judge.in_chunk, refine=True))

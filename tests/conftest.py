@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from model_helpers import save_bert
 
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
@@ -18,3 +21,20 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_model(tiny_encoder: str) -> DualEncoderModel:
     """A dual encoder of the tiny BERT, new for every test."""
     return DualEncoderModel.from_encoder(tiny_encoder)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as the other processes of a test do: sums over several are rounded in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards() -> Iterator[None]:
+    """Find out which test leaves the session with another number of threads, which others would be compared under."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before, "this test has changed the number of threads of the session"

@@ -232,6 +232,7 @@ def in_process(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(in_process, (str(tmp_path),), nprocs=2)
     model = build_alike()

@@ -159,7 +159,7 @@ def test_query_log_is_read_with_counts(place: Path, tmp_path: Path, capsys: pyte
     log = tmp_path / "log.tsv"
     log.write_text("list files\t3\ncount words\nlist files\t2\n\n")
     assert read_query_log(log) == {"list files": 5.0, "count words": 1.0}
-    more = ["--pairs_by", "traffic", "--query_log", str(log), "--side", "none"]
+    more = ["--pairs_by", "traffic", "--query_log", str(log), "--side", "none", "--reembed-by-traffic"]
     assert call(place, tmp_path / "out", *more) in (0, 4)
     assert json.loads((tmp_path / "out" / "pairs.json").read_text())["weights"] is not None
     log.write_text("list files\tmany\n")
@@ -182,6 +182,7 @@ def test_query_log_is_read_with_counts(place: Path, tmp_path: Path, capsys: pyte
         (["--min_recovery", "7"], "thresholds"),
         (["--old_model", "{place}/new"], "weights"),
         (["--price_per_hour", "0"], "price_per_hour"),
+        (["--reembed_by_traffic"], "reembed_by_traffic"),
     ],
 )
 def test_mistakes_are_explained_and_leave_no_record(

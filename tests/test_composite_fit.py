@@ -1,13 +1,14 @@
 import dataclasses
+import re
 
 import pytest
 import torch
 from drift_helpers import DIM, bent_drift, lexical_drift, linear_drift, token_counts, unit_rows
 
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.fitting import CompositePlan, Pairs, composite, fit_affine, fit_composite
+from hf_corrector.fitting import CompositePlan, Pairs, blocks, composite, fit_affine, fit_composite
 from hf_corrector.fitting.blocks import Block, Landmarks, radial, token_blocks, transposed
-from hf_corrector.fitting.composite import MAX_DUAL_ROWS, conjugate_gradients, solve_dual
+from hf_corrector.fitting.composite import MAX_DUAL_ROWS, check_memory, conjugate_gradients, solve_dual
 from hf_corrector.fitting.strengths import choose_strengths, noise_of
 
 COUNT = 80
@@ -89,6 +90,42 @@ def test_more_targets_than_the_dual_takes_are_fitted_too() -> None:
     few = fit_composite(many.take(torch.arange(500)), CompositePlan(prior="identity", strengths=STRENGTHS))
     torch.testing.assert_close(fit.weight, few.weight, atol=0.1, rtol=0)
     assert fit.loo_error < 0.1
+
+
+@pytest.mark.parametrize("dense_side", [False, True])
+def test_fit_in_pieces_is_the_fit_as_a_whole(monkeypatch: pytest.MonkeyPatch, dense_side: bool) -> None:
+    """More pairs than the dual takes, whichever of the kernel widths is chosen."""
+    stale = unit_rows(600)
+    side = torch.randn(600, 5, generator=torch.Generator().manual_seed(4)) if dense_side else None
+    for widths in ((1.0, 0.5), (0.5, 1.0)):
+        monkeypatch.setattr(composite, "RELATIVE_WIDTHS", widths)
+        pairs, plan = Pairs.collect(stale, bent_drift(stale), side=side), CompositePlan(landmarks=60)
+        whole = fit_composite(pairs, plan)
+        with monkeypatch.context() as patched:
+            patched.setattr(composite, "MAX_DUAL_ROWS", 100)
+            patched.setattr(composite, "CG_COLUMNS", 3)
+            patched.setattr(blocks, "PIECE_ROWS", 250)
+            found = fit_composite(pairs, plan)
+        assert found.relative_width == whole.relative_width
+        assert found.strengths == pytest.approx(whole.strengths)
+        torch.testing.assert_close(found.weight, whole.weight, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.radial.weight, whole.radial.weight, atol=1e-4, rtol=1e-3)
+
+
+def test_fit_that_needs_too_much_memory_is_refused_before_work_with_what_would_do() -> None:
+    def pairs(count: int) -> Pairs:
+        rows = torch.zeros(1, 384, dtype=torch.float64).expand(count, -1)  # takes no memory by itself
+        return Pairs(rows, rows, torch.ones(1, dtype=torch.float64).expand(count))
+
+    plan = CompositePlan(landmarks=2048)
+    check_memory(pairs(100_000), plan)
+    with pytest.raises(ConfigurationError, match=r"at most 4\.0 GiB.*for 1,000,000 pairs.*Fit on") as caught:
+        fit_composite(pairs(1_000_000), plan)
+    allowed = int(re.search(r"([\d,]+) pairs at most", str(caught.value))[1].replace(",", ""))
+    check_memory(pairs(allowed), plan)
+    with pytest.raises(ConfigurationError):
+        check_memory(pairs(allowed + 1), plan)
+    check_memory(pairs(MAX_DUAL_ROWS), CompositePlan(landmarks=2048, memory_bytes=1))
 
 
 def test_leave_one_out_error_is_that_of_really_leaving_each_target_out() -> None:

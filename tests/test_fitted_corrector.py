@@ -57,7 +57,7 @@ def test_side_features_are_read_off_the_corpus(tiny_encoder: str, tmp_path: Path
         corrector.save(tmp_path / f"{kind}-corrector")
         loaded = FittedCorrector.load(tmp_path / f"{kind}-corrector")
         if kind not in stored_sides(cache):
-            with pytest.raises(CacheMismatchError):
+            with pytest.raises(CacheMismatchError, match="upgrade --side word_embeddings"):
                 loaded.apply(cache, tmp_path / "none", options=QUIET)
         again = loaded.with_side(side).apply(cache, tmp_path / f"{kind}-again", options=QUIET)
         assert torch.equal(again.read(0, len(again)), written.read(0, len(written)))

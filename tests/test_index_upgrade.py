@@ -24,15 +24,17 @@ from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.verdict import Thresholds
 from hf_corrector.index.exact import ExactIndex
 from hf_corrector.index_upgrade.conditions import ErrorPredictor
+from hf_corrector.index_upgrade.corpus_sides import CorpusSide
 from hf_corrector.index_upgrade.fits import FitPairs, fit_one
 from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
 from hf_corrector.index_upgrade.inputs import UpgradeInputs
-from hf_corrector.index_upgrade.measuring import Urgency
+from hf_corrector.index_upgrade.measuring import LOGGED_DEPTH, Urgency
 from hf_corrector.index_upgrade.options import UpgradeOptions
 from hf_corrector.index_upgrade.report import UpgradeReport
 from hf_corrector.index_upgrade.upgrading import upgrade
 from hf_corrector.metrics import mrr_at_k
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.pair_choice import traffic_of_searches
 from hf_corrector.records import EncoderFingerprint, RunRecord
 
 KINDS = ("mean_shift", "affine")
@@ -212,6 +214,27 @@ def test_what_to_reembed_first_is_ordered_over_the_whole_of_a_large_corpus(with_
     assert np.array_equal(first, np.argsort(-urgent, kind="stable")[:7000])
 
 
+def test_what_to_reembed_first_is_weighed_by_traffic_only_where_that_is_asked_for(
+    cache: TargetCache, new: DualEncoderModel, old: DualEncoderModel, data: RetrievalData
+) -> None:
+    log = {str(query): 5.0 for query in data.train["query"][:10]}
+    rules = Thresholds(min_recovery=0.95, reembed_shares=(0.3, 0.9))
+    options = replace(FAST, kinds=("affine",), thresholds=rules, query_log=log)
+    found = ExactIndex(cache).search(old.encode_query(list(log)), LOGGED_DEPTH).rows.numpy()
+    traffic = traffic_of_searches(found, len(cache), counts=list(log.values()))
+    asked_for = {}
+    for weigh in (False, True):
+        changed = replace(options, reembed_by_traffic=weigh)
+        report = upgrade(cache, new, data, num_pairs=20, old_model=old, side=None, pairs="traffic", options=changed)
+        assert report.decision.decision == "re-embed first", report.verdict
+        asked_for[weigh] = traffic[report.reembed_first[:50]].mean()
+    assert asked_for[True] > 2 * asked_for[False]
+    with pytest.raises(ConfigurationError, match="reembed_by_traffic"):
+        upgrade(
+            cache, new, data, num_pairs=20, old_model=old, side=None, options=replace(FAST, reembed_by_traffic=True)
+        )
+
+
 def test_sample_of_the_corpus_is_judged_and_said_so(
     cache: TargetCache, new: DualEncoderModel, old: DualEncoderModel, data: RetrievalData
 ) -> None:
@@ -341,24 +364,46 @@ def test_tokens_the_old_cache_lacks_are_stored_with_it_so_that_they_can_be_appli
     assert torch.equal(loaded.read(0, TARGETS), expected.read(0, TARGETS))
 
 
-def test_tokens_are_kept_with_the_corrector_where_the_cache_cannot_be_written(
+def test_word_embeddings_are_stored_with_the_cache_so_that_a_loaded_corrector_applies(
     cache: TargetCache, new: DualEncoderModel, data: RetrievalData, tmp_path: Path
 ) -> None:
     bare = without_tokens(cache, tmp_path / "bare")
-    settings = {"num_pairs": PAIRS, "kind": "affine", "side": "tokens", "options": FAST}
+    settings = {"num_pairs": PAIRS, "kind": "affine", "side": "word_embeddings", "options": FAST}
+    report = upgrade(bare, new, data, **settings)
+    assert stored_sides(bare) == ("word_embeddings",)
+    read_off = CorpusSide(data.corpus, new, "word_embeddings")
+    stored = open_side(bare, "word_embeddings", verify="full")
+    torch.testing.assert_close(stored.read(0, TARGETS), read_off.read(0, TARGETS), atol=1e-6, rtol=0)
+    assert report.corrector.fitted.side_details == side_details(bare, "word_embeddings") == read_off.details()
+    out = report.save(tmp_path / "out")
+    assert not list((out / "corrector").glob("side-*"))
+    loaded = FittedCorrector.load(out / "corrector").apply(bare.path, tmp_path / "new")
+    expected = report.corrector.apply(bare, tmp_path / "new2")
+    assert torch.equal(loaded.read(0, TARGETS), expected.read(0, TARGETS))
+    again = upgrade(bare, new, data, **settings)
+    assert again.judgement.to_dict() == report.judgement.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "word_embeddings"])
+def test_side_features_are_kept_with_the_corrector_where_the_cache_cannot_be_written(
+    cache: TargetCache, new: DualEncoderModel, data: RetrievalData, tmp_path: Path, kind: str
+) -> None:
+    bare = without_tokens(cache, tmp_path / "bare")
+    settings = {"num_pairs": PAIRS, "kind": "affine", "side": kind, "options": FAST}
     with locked(bare.path):
         report = upgrade(bare, new, data, **settings)
         out = report.save(tmp_path / "out")
         assert stored_sides(bare) == ()
-        with pytest.raises(CacheMismatchError, match=r"copy the files side-tokens\.g0\.safetensors"):
-            open_side(bare, "tokens")
+        with pytest.raises(CacheMismatchError, match=rf"copy the files side-{kind}\.g0\.safetensors"):
+            open_side(bare, kind)
         loaded = FittedCorrector.load(out / "corrector").apply(bare, tmp_path / "new")
-    model, counts = report.corrector.model, open_side(cache, "tokens")
-    assert torch.equal(model.side_idf, counts.statistics().idf)  # of the whole corpus
-    assert torch.allclose(loaded.read(0, TARGETS), model.correct(bare.read(0, TARGETS), counts), atol=1e-6)
+    model, side = report.corrector.model, CorpusSide(data.corpus, new, kind)
+    if kind == "tokens":
+        assert torch.equal(model.side_idf, side.statistics().idf)  # of the whole corpus
+    assert torch.allclose(loaded.read(0, TARGETS), model.correct(bare.read(0, TARGETS), side), atol=1e-6)
     for path in (out / "corrector").glob("side-*"):
         shutil.copy(path, bare.path)
-    assert len(open_side(bare, "tokens", verify="full")) == TARGETS
+    assert len(open_side(bare, kind, verify="full")) == TARGETS
 
 
 def test_kept_vectors_of_other_texts_under_the_same_ids_are_made_anew(

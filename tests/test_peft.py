@@ -161,6 +161,7 @@ def downloaded(encoder: str, cache: Path) -> str:
     return commit
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_fresh_process_makes_the_model_under_the_adapter_again(tiny_encoder: str, tmp_path: Path) -> None:
     """Of one encoder, of two, of a saved dual encoder, and of the Hub at the commit that was downloaded."""
     other = save_bert(tmp_path / "other", seed=5, lowercase=False)
@@ -182,6 +183,7 @@ def test_fresh_process_makes_the_model_under_the_adapter_again(tiny_encoder: str
         f"for name in {list(models)}: torch.save(vectors_of(DualEncoderModel.from_pretrained(name)), name + '.pt')"
     )
     where = {"PYTHONPATH": str(Path(__file__).parent), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    where["OMP_NUM_THREADS"] = "1"  # as in this process
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
         env={**os.environ, **where},

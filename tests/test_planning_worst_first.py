@@ -1,4 +1,4 @@
-"""Re-embedding worst first: residuals that can be foreseen are, and the order is theirs times the traffic."""
+"""Re-embedding worst first: residuals that can be foreseen are, and the order is theirs, times given traffic."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_cross_fitted_residuals_are_larger_than_the_fits_own() -> None:
     assert cross_fitted_residuals(probe, fit).mean() > float(own)
 
 
-def test_order_is_by_residual_times_traffic_with_ties_by_row() -> None:
+def test_order_is_by_residual_and_by_traffic_where_given_with_ties_by_row() -> None:
     residuals = np.array([1.0, 3.0, 1.0, 2.0])
     assert worst_first(residuals).tolist() == [1, 3, 0, 2]
     assert worst_first(residuals, np.array([10.0, 1.0, 0.0, 1.0])).tolist() == [0, 1, 3, 2]

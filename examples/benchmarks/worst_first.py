@@ -8,7 +8,7 @@ vectors, chosen
 * ``uniform``: at random;
 * ``residual``: largest predicted residual first;
 * ``traffic``: the most often retrieved first, by the corrected index for one half of the queries;
-* ``residual x traffic``: by the product, the planner's order.
+* ``residual x traffic``: by the product.
 
 The other half of the queries judges. Printed are MRR@10, and the score error over all targets as a share of the stale
 index's, as means over resamples; differences to ``uniform`` are paired, their 95 % intervals over queries for MRR@10

@@ -72,7 +72,8 @@ class AdaptiveSettings:
 
     Attributes:
         side: Side features of the targets, for a corrector that reads some.
-        traffic: How often each target is asked for, ``(targets,)``; the same for all if None.
+        traffic: How often each target is asked for, ``(targets,)``, to weigh the order in which rows are re-encoded;
+            by residual alone if None, which leaves less wrong, see :mod:`hf_corrector.planning.worst_first`.
         max_age: Re-encoded rows of earlier versions of the encoder are served as they are while younger than so many
             steps, see :class:`~hf_corrector.overlaid_targets.OverlayRules`.
         refresh_folder: Where caches made anew go, each in a folder of its own; beside the cache if None.
@@ -283,7 +284,7 @@ class AdaptiveCache:
                 self._refresh_all()
 
     def worst_rows(self, count: int) -> IntArray:
-        """Return the targets to re-encode first, by predicted residual × traffic.
+        """Return the targets to re-encode first, by predicted residual, times traffic where that was given.
 
         Targets that are served as the encoder of now made them come last.
 

@@ -17,8 +17,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +24,7 @@ import torch
 
 from hf_corrector._files import fsync_directory
 from hf_corrector.cache.entries import ShardEntry, ShardRange
-from hf_corrector.cache.folder_lock import locked
+from hf_corrector.cache.folder_lock import LockHolder
 from hf_corrector.cache.ids import PackedIds
 from hf_corrector.cache.manifest import CacheManifest
 from hf_corrector.cache.row_files import row_file, write_rows
@@ -40,7 +38,7 @@ from hf_corrector.cache.side_store import (
     write_counts,
     write_dense,
 )
-from hf_corrector.cache.target_cache import TargetCache, Vectors, ids_specs
+from hf_corrector.cache.target_cache import TargetCache, Vectors, ids_specs, locked_as_opened
 from hf_corrector.cache.writer import CachePlan, CacheWriter, check_matrix, default_shard_rows, hash_vectors
 from hf_corrector.errors import CacheCorruptedError, CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.side_features import DenseSide, TokenCounts
@@ -76,7 +74,7 @@ class CacheEdit:
         return np.flatnonzero(self.sources < 0)
 
 
-class CacheEditor:
+class CacheEditor(LockHolder):
     """Make the next generation of a cache, or go on with an edit that was interrupted.
 
     ::
@@ -102,33 +100,12 @@ class CacheEditor:
         _check_sources(cache, edit, self._ids)
         self._generation = cache.manifest.generation + 1
         with ExitStack() as stack:
-            stack.enter_context(locked(cache.path))
-            if CacheManifest.load(cache.path) != cache.manifest:
-                raise CacheMismatchError(
-                    str(cache.path), expected="the cache that was opened", got="another generation of it",
-                    cure="Open the cache again and repeat the edit.",
-                )  # fmt: skip
+            stack.enter_context(locked_as_opened(cache))
             remove_unnamed(cache.path, cache.manifest, keep={self._added.name})
             self._writer = self._added_writer()
             if self._writer is not None:
                 stack.push(self._writer)
-            self._lock: ExitStack | None = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        """Return itself; the lock is held since construction."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Give the lock back; new rows that were written stay for the next editor."""
-        self.close()
-
-    def close(self) -> None:
-        """Give the lock back."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            self._lock = stack.pop_all()
 
     @property
     def work_folder(self) -> Path:

@@ -6,8 +6,10 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from hf_corrector.errors import CacheError
 
@@ -48,6 +50,32 @@ def locked(folder: Path) -> Iterator[None]:
         if os.getpid() == owner:  # a forked child that unwinds the stack must not take its parent's lock away
             path.unlink(missing_ok=True)
         handle.close()
+
+
+class LockHolder:
+    """What writes into a folder and holds its lock from construction until :meth:`close` or the end of a ``with``.
+
+    A constructor takes the lock into an ``ExitStack`` of its own and leaves ``stack.pop_all()`` in ``_lock`` once
+    nothing can go wrong any more; before, any exception gives the lock back.
+    """
+
+    _lock: ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        """Return itself; the lock is held since construction."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Give the lock back; what is on the disk and unfinished stays for the next writer."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

@@ -15,8 +15,6 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +22,7 @@ import torch
 
 from hf_corrector._files import atomic_write
 from hf_corrector.cache.entries import DTYPES
-from hf_corrector.cache.folder_lock import locked
-from hf_corrector.cache.manifest import CacheManifest
+from hf_corrector.cache.folder_lock import LockHolder
 from hf_corrector.cache.overlay_log import (
     FILE_HEAD_BYTES,
     Record,
@@ -36,8 +33,8 @@ from hf_corrector.cache.overlay_log import (
     record_bytes,
 )
 from hf_corrector.cache.shard_files import first_bad_row
-from hf_corrector.cache.target_cache import TargetCache
-from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
+from hf_corrector.cache.target_cache import TargetCache, locked_as_opened
+from hf_corrector.errors import ConfigurationError, DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +204,7 @@ class Overlay:
             raise corrupted(self.path, "rows", expected=f"rows from 0 to {self.manifest.rows - 1}", got=got)
 
 
-class OverlayWriter:
+class OverlayWriter(LockHolder):
     """Append re-encoded rows to the overlay of a cache, durably; one writer at a time.
 
     ::
@@ -230,33 +227,12 @@ class OverlayWriter:
 
     def __init__(self, cache: TargetCache, *, length: int | None = None) -> None:
         with ExitStack() as stack:
-            stack.enter_context(locked(cache.path))
-            if CacheManifest.load(cache.path) != cache.manifest:
-                raise CacheMismatchError(
-                    str(cache.path), expected="the cache that was opened", got="another generation of it",
-                    cure="Open the cache again.",
-                )  # fmt: skip
+            stack.enter_context(locked_as_opened(cache))
             self.overlay = self._started(cache, length)
             self._handle = stack.enter_context(open(self.overlay.path, "r+b", buffering=0))
             os.ftruncate(self._handle.fileno(), self.overlay.length)
             os.fsync(self._handle.fileno())
-            self._lock: ExitStack | None = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        """Return itself; the lock is held since construction."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Give the lock back."""
-        self.close()
-
-    def close(self) -> None:
-        """Give the lock back."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            self._lock = stack.pop_all()
 
     @property
     def length(self) -> int:

@@ -18,12 +18,11 @@ import numpy.typing as npt
 import torch
 
 from hf_corrector.cache.entries import DATA_START, ShardEntry, require, typed_fields
-from hf_corrector.cache.folder_lock import locked
 from hf_corrector.cache.manifest import CacheManifest
 from hf_corrector.cache.row_files import runs
 from hf_corrector.cache.sealed import FORMAT_VERSION, read_sealed, write_sealed
 from hf_corrector.cache.shard_files import TensorSpec, check_blocks, corrupted, map_file, tensor_of, write_file
-from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.cache.target_cache import TargetCache, locked_as_opened
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.side_features import SIDES, DenseSide, TokenCounts
 
@@ -77,8 +76,7 @@ def save_side(cache: TargetCache, features: StoredSide, *, details: dict[str, An
             f"side features {features.kind!r}", expected=f"one row for each of the {len(cache)} targets",
             got=f"{len(features)} rows", cure="Pass them in the row order of the cache.",
         )  # fmt: skip
-    with locked(cache.path):
-        _check_current(cache)
+    with locked_as_opened(cache):
         if isinstance(features, TokenCounts):
             write_counts(cache.path, cache.manifest, [features], details=details)
         else:
@@ -87,8 +85,7 @@ def save_side(cache: TargetCache, features: StoredSide, *, details: dict[str, An
 
 def save_counts(cache: TargetCache, blocks: Iterable[TokenCounts], *, details: dict[str, Any] | None = None) -> None:
     """Store token counts that come some targets at a time, see :func:`save_side`."""
-    with locked(cache.path):
-        _check_current(cache)
+    with locked_as_opened(cache):
         write_counts(cache.path, cache.manifest, blocks, details=details)
 
 
@@ -96,14 +93,8 @@ def save_dense(
     cache: TargetCache, blocks: Iterable[DenseSide], *, kind: str, width: int, details: dict[str, Any] | None = None
 ) -> None:
     """Store a dense matrix that comes some targets at a time as float32, see :func:`save_side`."""
-    manifest, folder = cache.manifest, cache.path
-    with locked(folder):
-        _check_current(cache)
-        specs = [TensorSpec("side", "F32", (len(cache), width))]
-        parts = _block_parts(blocks, rows=len(cache), width=width)
-        entry = write_file(folder / _array_file(manifest, kind), specs, parts=parts, rows=len(cache), row0=0)
-        stored = {"kind": kind, "width": width, "vocabulary": 0, "stored": "F32"}
-        _save_record(folder, manifest, entry, stored=stored, details=details)
+    with locked_as_opened(cache):
+        write_blocks(cache.path, cache.manifest, blocks, kind=kind, width=width, details=details)
 
 
 def open_side(
@@ -205,6 +196,24 @@ def write_dense(
     _save_record(folder, manifest, entry, stored=stored, details=details)
 
 
+def write_blocks(
+    folder: Path,
+    manifest: CacheManifest,
+    blocks: Iterable[DenseSide],
+    *,
+    kind: str,
+    width: int,
+    details: dict[str, Any] | None = None,
+) -> None:
+    """Write a dense matrix that comes some rows at a time, as float32; the caller holds the lock."""
+    rows = manifest.rows
+    specs = [TensorSpec("side", "F32", (rows, width))]
+    parts = _block_parts(blocks, rows=rows, width=width)
+    entry = write_file(folder / _array_file(manifest, kind), specs, parts=parts, rows=rows, row0=0)
+    stored = {"kind": kind, "width": width, "vocabulary": 0, "stored": "F32"}
+    _save_record(folder, manifest, entry, stored=stored, details=details)
+
+
 def merged_counts(old: TokenCounts, added: TokenCounts, sources: npt.NDArray[np.int64]) -> Iterator[TokenCounts]:
     """Yield the counts of an edited cache, some rows at a time.
 
@@ -241,28 +250,23 @@ def _record_path(folder: Path, manifest: CacheManifest, kind: str) -> Path:
     return folder / _record_file(manifest, kind)
 
 
-def _check_current(cache: TargetCache) -> None:
-    if CacheManifest.load(cache.path) != cache.manifest:
-        raise CacheMismatchError(
-            str(cache.path), expected="the cache that was opened", got="another generation of it",
-            cure="Open the cache again.",
-        )  # fmt: skip
-
-
 def _load(cache: TargetCache, kind: str, folder: Path) -> tuple[SideRecord, ShardEntry]:
     if kind not in SIDES:
         raise ConfigurationError("side features", expected=f"one of {SIDES}", got=repr(kind), cure="Choose one.")
     path = _record_path(folder, cache.manifest, kind)
     if not path.exists():
+        kept = (
+            "If an upgrade could not write into the cache's folder, it kept them in that of its corrector: copy the "
+            f"files {_array_file(cache.manifest, kind)} and {path.name} from there."
+        )
         ways = {
-            "tokens": "Run 'hf-corrector embed' with the cache's own encoder and data again: it adds them. If an "
-            "upgrade could not write into the cache's folder, it kept them in that of its corrector: copy the files "
-            f"{_array_file(cache.manifest, kind)} and {path.name} from there.",
+            "tokens": f"Run 'hf-corrector embed' with the cache's own encoder and data again: it adds them. {kept}",
+            "word_embeddings": f"'hf-corrector upgrade --side word_embeddings' on this cache stores them. {kept}",
             "matrix": "Store them with save_side(), or with 'hf-corrector embed --side matrix.npy'.",
         }
         raise CacheMismatchError(
             str(folder), expected=f"side features {kind!r} stored with the cache",
-            got=f"only {list(stored_sides(cache))}", cure=ways.get(kind, "Store them with save_side()."),
+            got=f"only {list(stored_sides(cache))}", cure=ways[kind],
         )  # fmt: skip
     record = SideRecord(**typed_fields(SideRecord, read_sealed(path), where=str(path)))
     if record.manifest != cache.manifest.checksum:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_corrector.cache.entries import DATA_START, DTYPES, ShardEntry
+from hf_corrector.cache.folder_lock import locked
 from hf_corrector.cache.ids import PackedIds
 from hf_corrector.cache.manifest import CacheManifest, PlanRecord, check_fingerprint
 from hf_corrector.cache.row_files import map_rows, runs
@@ -359,3 +361,20 @@ def _reopen(path: str, checksum: str) -> TargetCache:
             cure="Do not replace a cache while other processes use it.",
         )  # fmt: skip
     return cache
+
+
+@contextmanager
+def locked_as_opened(cache: TargetCache) -> Iterator[None]:
+    """Hold the lock of a cache's folder.
+
+    Raises:
+        CacheError: If someone else is writing into the folder.
+        CacheMismatchError: If the folder holds another generation of the cache by now.
+    """
+    with locked(cache.path):
+        if CacheManifest.load(cache.path) != cache.manifest:
+            raise CacheMismatchError(
+                str(cache.path), expected="the cache that was opened", got="another generation of it",
+                cure="Open the cache again.",
+            )  # fmt: skip
+        yield

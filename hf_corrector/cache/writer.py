@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ import xxhash
 
 from hf_corrector._files import make_directory
 from hf_corrector.cache.entries import ShardEntry, ShardRange, stored_dtype
-from hf_corrector.cache.folder_lock import locked
+from hf_corrector.cache.folder_lock import LockHolder, locked
 from hf_corrector.cache.ids import PackedIds
 from hf_corrector.cache.manifest import MANIFEST_FILE, PLAN_FILE, CacheManifest, PlanRecord
 from hf_corrector.cache.row_files import row_file, write_rows
@@ -92,7 +91,7 @@ class CachePlan:
             raise ConfigurationError("CachePlan.text_hashes", expected="one for every row", got=got, cure=cure)
 
 
-class CacheWriter:
+class CacheWriter(LockHolder):
     """Build a cache in a folder, or go on with a build that was interrupted.
 
     ::
@@ -133,23 +132,7 @@ class CacheWriter:
                 self._go_on()
                 self._ids_entry, self._texts_entry = self._write_ids(), self._write_texts()
             # From here on close() gives the lock back; before, any exception does.
-            self._lock: ExitStack | None = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        """Return itself; the lock is held since construction."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Give the lock back; what is unfinished stays for the next writer."""
-        self.close()
-
-    def close(self) -> None:
-        """Give the lock back."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            self._lock = stack.pop_all()
 
     def pending_shards(self) -> list[ShardRange]:
         """Return the shards that remain to be written."""

@@ -92,7 +92,8 @@ def _options(arguments: argparse.Namespace) -> UpgradeOptions:
         output_dir=arguments.output_dir, split=arguments.split, judge_targets=_count_or_full(arguments.judge_targets),
         judge_queries=arguments.judge_queries, slice_by=tuple(arguments.slice_by or ()),
         query_log=None if arguments.query_log is None else read_query_log(Path(arguments.query_log)),
-        seconds_per_pass=arguments.seconds_per_pass, price_per_hour=arguments.price_per_hour,
+        reembed_by_traffic=arguments.reembed_by_traffic, seconds_per_pass=arguments.seconds_per_pass,
+        price_per_hour=arguments.price_per_hour,
         kinds=UpgradeOptions().kinds if arguments.kinds is None else tuple(arguments.kinds), thresholds=Thresholds(
             min_recovery=arguments.min_recovery, non_inferiority=arguments.non_inferiority,
             max_slice_loss=arguments.max_slice_loss,
@@ -150,6 +151,8 @@ def _flags() -> argparse.ArgumentParser:
     add(flags, "direction", choices=DIRECTIONS, default="targets", help="correct the index, or map new queries to it")
     add(flags, "pairs_by", choices=METHODS, default="random", help="how pairs are chosen")
     add(flags, "query_log", metavar="FILE", help="for --pairs_by traffic: a query a line, after a tab its count")
+    text = "with --pairs_by traffic: order what to re-embed first by predicted error x traffic, not by error alone"
+    add(flags, "reembed_by_traffic", action="store_true", help=text)
     text = "kinds of corrector to compare; all by default"
     add(flags, "kinds", nargs="+", choices=KINDS, metavar="K", help=text)
     add(flags, "kind", choices=("auto", *KINDS), default="auto", help="kind of corrector to adopt")

@@ -9,6 +9,8 @@ import torch
 from hf_corrector.side_features import TokenStatistics, csr_matrix, row_of_entries, take_rows, tfidf
 
 GRAM_ROWS = 256
+# Rows of dense features that are computed or multiplied at a time.
+PIECE_ROWS = 8192
 # Landmarks whose kernel value exceeds this are one and the same to double precision.
 DUPLICATE = 1.0 - 1e-9
 NUGGET = 1e-6
@@ -159,5 +161,42 @@ class Landmarks:
         return cls(points, torch.linalg.solve_triangular(factor.T, identity, upper=True), width)
 
     def features(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Return Nyström features of vectors ``(n, dim)``, ``(n, p)``."""
-        return radial(vectors, self.points, self.width) @ self.whitening
+        """Return Nyström features of vectors ``(n, dim)``, ``(n, p)``; no second matrix of that size is made."""
+        found = torch.empty(len(vectors), len(self.points), dtype=vectors.dtype)
+        for rows, piece in zip(torch.split(found, PIECE_ROWS), torch.split(vectors, PIECE_ROWS), strict=True):
+            torch.matmul(radial(piece, self.points, self.width), self.whitening, out=rows)
+        return found
+
+
+class DenseBlocks:
+    """The dense ones among some blocks, side by side and scaled by their strengths, without a copy of them.
+
+    Args:
+        blocks: All blocks.
+        strengths: Strength of each.
+    """
+
+    def __init__(self, blocks: list[Block], strengths: dict[str, float]) -> None:
+        kept = [one for one in blocks if one.matrix.layout != torch.sparse_csr]
+        self._parts = [(one.matrix, (strengths[one.name] / one.unit) ** 0.5) for one in kept]
+        self._widths = [one.matrix.shape[1] for one in kept]
+
+    def inner(self, noise: torch.Tensor) -> torch.Tensor:
+        """Return 1 + features.T @ (features / noise), ``(m, m)``, for the noise of each row ``(n,)``."""
+        inner = torch.eye(sum(self._widths), dtype=torch.float64)
+        for start in range(0, len(noise), PIECE_ROWS):
+            rows = slice(start, start + PIECE_ROWS)
+            scaled = torch.cat([matrix[rows] * factor for matrix, factor in self._parts], dim=1)
+            inner.addmm_(scaled.T, scaled / noise[rows, None])
+        return inner
+
+    def forward(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Return features @ coefficients: ``(m, k)`` to ``(n, k)``."""
+        found = torch.zeros(len(self._parts[0][0]), coefficients.shape[1], dtype=torch.float64)
+        for (matrix, factor), part in zip(self._parts, torch.split(coefficients, self._widths), strict=True):
+            found.addmm_(matrix, part, alpha=factor)
+        return found
+
+    def backward(self, values: torch.Tensor) -> torch.Tensor:
+        """Return features.T @ values: ``(n, k)`` to ``(m, k)``."""
+        return torch.cat([(matrix.T @ values) * factor for matrix, factor in self._parts])

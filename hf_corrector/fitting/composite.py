@@ -14,7 +14,16 @@ import torch
 
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.fitting.affine import fit_affine, fit_procrustes
-from hf_corrector.fitting.blocks import Block, Landmarks, TokenColumns, token_blocks, typical_distance
+from hf_corrector.fitting.blocks import (
+    PIECE_ROWS,
+    Block,
+    DenseBlocks,
+    Landmarks,
+    TokenColumns,
+    token_blocks,
+    transposed,
+    typical_distance,
+)
 from hf_corrector.fitting.pairs import Pairs
 from hf_corrector.fitting.strengths import choose_strengths, noise_of, time_kernel
 
@@ -22,6 +31,7 @@ from hf_corrector.fitting.strengths import choose_strengths, noise_of, time_kern
 MAX_DUAL_ROWS = 8192
 CG_TOLERANCE = 1e-6
 CG_STEPS = 200
+CG_COLUMNS = 64
 # Kernel widths tried, relative to the typical distance between two stale vectors.
 RELATIVE_WIDTHS = (1.0, 0.5)
 DEFAULT_LANDMARKS = 2048
@@ -40,6 +50,8 @@ class CompositePlan:
         relative_width: Kernel width of that earlier fit; chosen anew if None.
         seed: Seed of the choice of landmarks.
         dtype: Precision of the dual solve.
+        memory_bytes: With more targets than :data:`MAX_DUAL_ROWS`: refuse fits that need more than this for their dense
+            features (stale vector, landmarks, dense side features; 8 bytes each) and for solving.
     """
 
     prior: str = "best"
@@ -49,6 +61,7 @@ class CompositePlan:
     relative_width: float | None = None
     seed: int = 0
     dtype: torch.dtype = torch.float64
+    memory_bytes: int = 4 * 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +142,11 @@ def fit_composite(pairs: Pairs, plan: CompositePlan | None = None) -> CompositeF
         plan: What else to use.
 
     Raises:
-        ConfigurationError: If the prior does not fit the sizes, or more targets than :data:`MAX_DUAL_ROWS` have a
-            clock.
+        ConfigurationError: If the prior does not fit the sizes, more targets than :data:`MAX_DUAL_ROWS` have a clock,
+            or the features need more memory than the plan allows.
     """
     plan = CompositePlan() if plan is None else plan
+    check_memory(pairs, plan)
     if pairs.clock is not None and len(pairs) > MAX_DUAL_ROWS:
         raise ConfigurationError(
             "corrector fit", expected=f"at most {MAX_DUAL_ROWS} targets with a clock", got=str(len(pairs)),
@@ -140,7 +154,8 @@ def fit_composite(pairs: Pairs, plan: CompositePlan | None = None) -> CompositeF
         )  # fmt: skip
     setting = _Setting.of(pairs, plan)
     widths = RELATIVE_WIDTHS if plan.relative_width is None else (plan.relative_width,)
-    best: tuple[float, float, dict[str, float], list[Block]] | None = None
+    best: tuple[float, float, dict[str, float]] | None = None
+    kept: list[Block] = []
     for width in widths if plan.landmarks else (0.0,):
         blocks = setting.blocks(width, plan)
         start = plan.strengths if best is None else best[2]
@@ -148,10 +163,32 @@ def fit_composite(pairs: Pairs, plan: CompositePlan | None = None) -> CompositeF
             blocks, setting.residual, pairs, start=start, fixed=plan.strengths is not None
         )
         if best is None or error < best[0]:
-            best = (error, width, strengths, blocks)
-    error, width, strengths, blocks = best if best is not None else (0.0, 0.0, {}, [])
+            best = (error, width, strengths)
+            kept = blocks
+        if len(pairs) > MAX_DUAL_ROWS and width != widths[-1]:
+            kept = []  # made again if it is chosen, as two of this size need too much memory
+        del blocks
+    error, width, strengths = best if best is not None else (0.0, 0.0, {})
+    blocks = kept or setting.blocks(width, plan)
     dual = solve_dual(blocks, setting.residual, pairs, strengths, dtype=plan.dtype)
     return setting.assemble(blocks, dual, strengths, width=width, error=error)
+
+
+def check_memory(pairs: Pairs, plan: CompositePlan) -> None:
+    """Refuse a fit that needs more memory than the plan allows (ConfigurationError saying how many pairs it takes)."""
+    columns = 1 + (pairs.stale.shape[1] if plan.linear else 0) + min(plan.landmarks, len(pairs))
+    if pairs.side is not None and pairs.side.layout != torch.sparse_csr:
+        columns += pairs.side.shape[1]
+    # Beside the features there are the equation's right side, its solution, and what a step of the solver keeps.
+    a_pair = 8 * (columns + 2 * pairs.fresh.shape[1] + 8 * CG_COLUMNS)
+    fixed = 8 * columns * (2 * columns + 3 * PIECE_ROWS)
+    needed, most = a_pair * len(pairs) + fixed, max(0, plan.memory_bytes - fixed) // a_pair
+    if len(pairs) > MAX_DUAL_ROWS and needed > plan.memory_bytes:
+        raise ConfigurationError(
+            "corrector fit", expected=f"a fit that takes at most {plan.memory_bytes / 2**30:.1f} GiB",
+            got=f"{needed / 2**30:.1f} GiB for {len(pairs):,} pairs with {columns:,} features each",
+            cure=f"Fit on {max(MAX_DUAL_ROWS, most):,} pairs at most, or with fewer landmarks.",
+        )  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -279,40 +316,55 @@ def conjugate_gradients(
 ) -> torch.Tensor:
     """Solve the same equation without forming K, to a relative residual of :data:`CG_TOLERANCE`.
 
-    Preconditioned by the exact inverse of the dense blocks (Woodbury), so that only the sparse ones take steps.
+    Preconditioned by the exact inverse of the dense blocks (Woodbury), so that only the sparse ones take steps. Some
+    columns of the solution are computed at a time, as each needs several more of their size.
 
     Raises:
         ConfigurationError: If it does not converge, which strengths far above the noise can bring about.
     """
-    dense = [one for one in blocks if one.matrix.layout != torch.sparse_csr]
-    scaled = torch.cat([one.matrix * (strengths[one.name] / one.unit) ** 0.5 for one in dense], dim=1)
-    inner = scaled.T @ (scaled / noise[:, None])
-    inner.diagonal().add_(1.0)
-    factor = torch.linalg.cholesky(inner)
+    kernel = _Kernel(blocks, noise, strengths)
+    solution = torch.empty_like(residual)
+    for found, wanted in zip(*(torch.split(one, CG_COLUMNS, dim=1) for one in (solution, residual)), strict=True):
+        found.copy_(_solve_columns(kernel, wanted.contiguous()))
+    return solution
 
-    def precondition(values: torch.Tensor) -> torch.Tensor:
-        light = values / noise[:, None]
-        return light - scaled @ torch.cholesky_solve(scaled.T @ light, factor) / noise[:, None]
 
-    def multiply(values: torch.Tensor) -> torch.Tensor:
-        product = values * noise[:, None] + scaled @ (scaled.T @ values)
-        for one in blocks:
-            if one.matrix.layout == torch.sparse_csr:
-                product += one.forward(one.backward(values)) * (strengths[one.name] / one.unit)
+class _Kernel:
+    """K + noise as a linear function, and its approximate inverse."""
+
+    def __init__(self, blocks: list[Block], noise: torch.Tensor, strengths: dict[str, float]) -> None:
+        self._noise, self._dense = noise[:, None], DenseBlocks(blocks, strengths)
+        self._factor = torch.linalg.cholesky(self._dense.inner(noise))
+        sparse = [one for one in blocks if one.matrix.layout == torch.sparse_csr]
+        self._sparse = [(one.matrix, transposed(one.matrix), strengths[one.name] / one.unit) for one in sparse]
+
+    def precondition(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the inverse without the sparse blocks, times values ``(n, k)``."""
+        light = values / self._noise
+        inner = torch.cholesky_solve(self._dense.backward(light), self._factor)
+        return light - self._dense.forward(inner) / self._noise
+
+    def multiply(self, values: torch.Tensor) -> torch.Tensor:
+        """Return (K + noise) times values ``(n, k)``."""
+        product = values * self._noise + self._dense.forward(self._dense.backward(values))
+        for matrix, turned, strength in self._sparse:
+            product += (matrix @ (turned @ values)) * strength
         return product
 
-    solution = precondition(residual)
-    left = residual - multiply(solution)
-    direction = ready = precondition(left)
+
+def _solve_columns(kernel: _Kernel, residual: torch.Tensor) -> torch.Tensor:
+    solution = kernel.precondition(residual)
+    left = residual - kernel.multiply(solution)
+    direction = ready = kernel.precondition(left)
     energy = (left * ready).sum(dim=0)
     target = CG_TOLERANCE * residual.norm()
     for _ in range(CG_STEPS):
         if left.norm() <= target:
             return solution
-        product = multiply(direction)
+        product = kernel.multiply(direction)
         step = energy / (direction * product).sum(dim=0).clamp(min=1e-300)
         solution, left = solution + step * direction, left - step * product
-        ready = precondition(left)
+        ready = kernel.precondition(left)
         fresh_energy = (left * ready).sum(dim=0)
         direction, energy = ready + fresh_energy / energy.clamp(min=1e-300) * direction, fresh_energy
     raise ConfigurationError(

@@ -73,9 +73,7 @@ class ExactIndex:
             ConfigurationError: If ``k`` is below 1.
             DataError: If shapes do not fit, excluded rows do not exist or a vector is not finite.
         """
-        if k < 1:
-            raise ConfigurationError("exact search", expected="k >= 1", got=str(k), cure="Ask for at least one target.")
-        queries = checked_queries(queries, self.vectors).to(self.device)
+        queries = checked_search(queries, k, self.vectors).to(self.device)
         mask = RowMask(excluded, queries=len(queries), targets=len(self.vectors))
         best = RunningTopK(len(queries), k, device=self.device)
         for start, chunk in read_chunks(self.vectors, self.blocks.rows, device=self.device, progress=self.progress):
@@ -189,6 +187,23 @@ def read_chunks(
             _check_finite(chunk, "target", start)
             yield start, chunk
             bar.update(stop - start)
+
+
+def checked_search(queries: torch.Tensor, k: int, vectors: TargetVectors) -> torch.Tensor:
+    """Return query vectors as float64 without gradient, once they and ``k`` are found in order.
+
+    Raises:
+        ConfigurationError: If ``k`` is below 1.
+        DataError: As :func:`checked_queries`.
+    """
+    check_k(k)
+    return checked_queries(queries, vectors)
+
+
+def check_k(k: int) -> None:
+    """Refuse to search for less than one target (ConfigurationError)."""
+    if k < 1:
+        raise ConfigurationError("search", expected="k >= 1", got=str(k), cure="Ask for at least one target.")
 
 
 def checked_queries(queries: torch.Tensor, vectors: TargetVectors) -> torch.Tensor:

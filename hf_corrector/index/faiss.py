@@ -21,8 +21,8 @@ import torch
 from hf_corrector._files import atomic_write, make_directory, read_json, write_json, xxh3
 from hf_corrector.errors import ConfigurationError, InputError
 from hf_corrector.index.base import MAX_ROWS, SearchResult, TargetVectors, pack, unpack
-from hf_corrector.index.exact import RowMask, checked_queries
-from hf_corrector.index.scan import check_k, measured
+from hf_corrector.index.exact import RowMask, checked_search
+from hf_corrector.index.scan import measured
 
 INDEX_FILE = "index.faiss"
 DESCRIPTION_FILE = "index.json"
@@ -165,9 +165,8 @@ class FaissIndex:
             ConfigurationError: If ``k`` is below 1 or the index has no such parameter.
             DataError: If shapes do not fit, excluded rows do not exist or a query is not finite.
         """
-        check_k(k)
+        asked = np.ascontiguousarray(checked_search(queries, k, self).cpu().numpy(), dtype=np.float32)
         self._set(FaissParameters() if parameters is None else parameters)
-        asked = np.ascontiguousarray(checked_queries(queries, self).cpu().numpy(), dtype=np.float32)
         RowMask(excluded, queries=len(asked), targets=len(self))  # refuses what does not fit
         more = max((len(rows) for rows in excluded or []), default=0)
         fetched = min(k + more, len(self))

@@ -18,7 +18,7 @@ import torch
 
 from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.index.base import MAX_ROWS, RowVectors, RunningTopK, SearchResult, TargetVectors
-from hf_corrector.index.exact import RowMask, checked_queries
+from hf_corrector.index.exact import RowMask, checked_search
 from hf_corrector.index.products import Probe, Products, RowBounds, ScoreBlock, bfloat16_is_fast, pair_products
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -304,8 +304,7 @@ class ScanIndex:
             ConfigurationError: If ``k`` is below 1.
             DataError: If shapes do not fit, excluded rows do not exist or a vector is not finite.
         """
-        check_k(k)
-        exact = checked_queries(queries, self.vectors).to(self.rows.device)
+        exact = checked_search(queries, k, self.vectors).to(self.rows.device)
         mask = None if excluded is None else RowMask(excluded, queries=len(exact), targets=len(self.vectors))
 
         def rescore(lines: torch.Tensor, rows: torch.Tensor, chunk: Chunk) -> torch.Tensor:
@@ -319,9 +318,3 @@ class ScanIndex:
 def inner_products(queries: torch.Tensor, lines: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """Return :func:`hf_corrector.index.products.pair_products` rounded to float32."""
     return pair_products(queries, lines, vectors).float()
-
-
-def check_k(k: int) -> None:
-    """Refuse to search for less than one target (ConfigurationError)."""
-    if k < 1:
-        raise ConfigurationError("search", expected="k >= 1", got=str(k), cure="Ask for at least one target.")

@@ -125,7 +125,7 @@ class ErrorPredictor:
 
 
 def urgency(predicted: FloatArray, traffic: FloatArray | None = None) -> FloatArray:
-    """Return how urgent re-embedding each target is: its predicted error, times one plus its traffic, ``(n,)``.
+    """Return how urgent re-embedding each target is: its predicted error, ``(n,)``, with traffic times one plus that.
 
     With traffic an error that is predicted below 0, which no squared error is, counts as 0; the urgency of a target
     does not depend on which others are asked about.

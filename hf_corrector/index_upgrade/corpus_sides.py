@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from datasets import Dataset
 
 from hf_corrector.cache.manifest import CacheManifest
+from hf_corrector.cache.side_store import save_counts, save_dense, write_blocks, write_counts
+from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.retrieval import column
 from hf_corrector.encoding import count_details
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
-from hf_corrector.side_features import SideFeatures, TokenCounts, TokenStatistics, mean_word_embeddings
+from hf_corrector.side_features import DenseSide, SideFeatures, TokenCounts, TokenStatistics, mean_word_embeddings
 
 _ROWS_AT_ONCE = 8192
 
@@ -28,7 +31,7 @@ class CorpusSide:
         corpus: Targets with a column ``text``.
         model: Whose tokenizer, prompt, maximum length and word embeddings to use.
         kind: ``"tokens"`` or ``"word_embeddings"``.
-        manifest: Rows of the cache it belongs to, for tokens that are to be stored.
+        manifest: Rows of the cache it belongs to, where it is to be kept with a corrector.
     """
 
     corpus: Dataset
@@ -71,9 +74,38 @@ class CorpusSide:
         for start in range(0, len(self), _ROWS_AT_ONCE):
             yield self.counts(np.arange(start, min(start + _ROWS_AT_ONCE, len(self))))
 
+    def dense_blocks(self) -> Iterator[DenseSide]:
+        """Average the word embeddings of all targets, some at a time."""
+        for block in self.blocks():
+            yield mean_word_embeddings(block, self._embeddings)
+
     def details(self) -> dict[str, str | int]:
-        """Return what decides the tokens, to be stored with them."""
-        return count_details(self.model.fingerprint("target"))
+        """Return what decides the tokens, and whose embeddings they get, to be stored with them."""
+        made_by = self.model.fingerprint("target")
+        whose = {} if self.kind == "tokens" else {"weights": made_by.weights}
+        return {**count_details(made_by), **whose}
+
+    def store(self, cache: TargetCache) -> None:
+        """Store the features of all targets with their cache.
+
+        Raises:
+            CacheError: If someone else is writing into the folder, or it holds another generation by now.
+            OSError: If the disk refuses.
+        """
+        if self.kind == "tokens":
+            save_counts(cache, self.blocks(), details=self.details())
+        else:
+            save_dense(cache, self.dense_blocks(), kind=self.kind, width=self.width, details=self.details())
+
+    def keep(self, folder: Path) -> None:
+        """Write the features of all targets into another folder than that of their cache, if it is known."""
+        if self.manifest is None:
+            return
+        if self.kind == "tokens":
+            write_counts(folder, self.manifest, self.blocks(), details=self.details())
+        else:
+            blocks, details = self.dense_blocks(), self.details()
+            write_blocks(folder, self.manifest, blocks, kind=self.kind, width=self.width, details=details)
 
     def statistics(self) -> TokenStatistics:
         """Return in how many targets each column occurs; tokenises all of them."""

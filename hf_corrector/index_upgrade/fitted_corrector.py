@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hf_corrector._files import read_json, write_json
-from hf_corrector.cache.side_store import open_side, stored_sides, write_counts
+from hf_corrector.cache.side_store import open_side, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_cache import ApplyOptions, side_kind, write_corrected
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, InputError
@@ -33,7 +33,7 @@ class FittedCorrector:
         direction: ``"targets"``: stale targets in, corrected ones out. ``"queries"``: new queries in, out come ones
             that search the old index.
         side: Side features of all targets of the cache, where the corrector takes any and they are at hand.
-        folder: Where it was loaded from: tokens that the folder of the cache would not take are kept there.
+        folder: Where it was loaded from: side features that the folder of the cache would not take are kept there.
     """
 
     model: CorrectorModel
@@ -98,17 +98,17 @@ class FittedCorrector:
     def save(self, folder: str | Path) -> Path:
         """Write corrector and notes into a folder.
 
-        Side features stay with the cache. Tokens that could not be stored there are written beside the corrector,
-        where :meth:`apply` finds them after :meth:`load`; for ``hf-corrector apply`` copy the files ``side-tokens.*``
-        into the folder of the cache.
+        Side features stay with the cache. Those that could not be stored there are written beside the corrector,
+        where :meth:`apply` finds them after :meth:`load`; for ``hf-corrector apply`` copy the files ``side-*`` into the
+        folder of the cache.
         """
         path = Path(folder)
         self.model.save_pretrained(str(path))
         self.fitted.save(path)
         write_json(path / UPGRADE_FILE, {"direction": self.direction, "leads_to": asdict(self.leads_to)})
         side = self.side
-        if isinstance(side, CorpusSide) and side.kind == "tokens" and side.manifest is not None:
-            write_counts(path, side.manifest, side.blocks(), details=side.details())
+        if isinstance(side, CorpusSide):
+            side.keep(path)
         return path
 
     def save_as_sentence_transformer(

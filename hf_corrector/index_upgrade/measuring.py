@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_corrector.cache.side_store import open_side, save_counts, side_details, stored_sides
+from hf_corrector.cache.side_store import open_side, side_details, stored_sides
 from hf_corrector.data.retrieval import column
 from hf_corrector.errors import CacheError, ConfigurationError, DataError
 from hf_corrector.evaluation.evaluator import BoolArray, Judgement
@@ -53,6 +53,11 @@ class ChosenPairs:
 def pair_choice(inputs: UpgradeInputs, wanted: Wanted, options: UpgradeOptions) -> ChosenPairs:
     """Choose which targets to re-encode for fitting; what answers a judged query is held out."""
     traffic, passes = None, 0
+    if options.reembed_by_traffic and wanted.pairs != "traffic":
+        raise ConfigurationError(
+            "reembed_by_traffic", expected="pairs='traffic', which finds out what is asked for",
+            got=f"pairs={wanted.pairs!r}", cure="Leave it out: by predicted error alone, less is left wrong.",
+        )  # fmt: skip
     if wanted.pairs == "traffic":
         traffic, passes = _traffic(inputs, options)
     limits = Limits(inputs.positives, options.duplicate_cosine, options.seed)
@@ -101,21 +106,20 @@ def choice_options(inputs: UpgradeInputs, wanted: Wanted, options: UpgradeOption
 def available_sides(inputs: UpgradeInputs, wanted: Wanted) -> dict[str, SideFeatures]:
     """Return the side features to compare with and without, of all targets, by kind.
 
-    Tokens that the cache does not store are counted once and stored in its folder, which changes no vector, so that
-    whoever applies the corrector finds the same. Where that cannot be written they are read off the corpus.
+    What the cache does not store is made once and stored in its folder, which changes no vector, so that whoever
+    applies the corrector finds the same. Where that cannot be written it is read off the corpus.
     """
     if wanted.side is None or wanted.direction == "queries":
         return {}
     kind = "tokens" if wanted.side == "auto" else wanted.side
     if kind in stored_sides(inputs.cache):
         return {kind: open_side(inputs.cache, kind)}
-    if kind != "tokens":
-        return {kind: CorpusSide(inputs.data.corpus, inputs.model, kind)}
     # The cache's own encoder is whose tokens 'embed' would have stored.
-    reader, cache = inputs.old_model or inputs.model, inputs.cache
+    reader = (inputs.old_model or inputs.model) if kind == "tokens" else inputs.model
+    cache = inputs.cache
     read_off = CorpusSide(inputs.data.corpus, reader, kind, cache.manifest)
     try:
-        save_counts(cache, read_off.blocks(), details=read_off.details())
+        read_off.store(cache)
     except (OSError, CacheError):  # a folder that is read-only, full, or being written into
         return {kind: read_off}
     return {kind: open_side(cache, kind)}
@@ -212,7 +216,7 @@ class Urgency:
     Args:
         inputs: The cache.
         chosen: The corrector.
-        traffic: How often each target is asked for, where known, ``(rows,)``.
+        traffic: How often each target is asked for, ``(rows,)``, if the order is to be weighed by it.
         seed: Seed of the folds.
     """
 

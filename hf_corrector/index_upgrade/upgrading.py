@@ -56,8 +56,9 @@ def upgrade(  # noqa: PLR0913 - the questions a user answers, each with a defaul
     answers a judged query never is among the fitting pairs.
 
     Where correctors may read the targets' tokens and the old cache stores none, they are counted once and stored in its
-    folder, as ``hf-corrector embed`` does; its vectors are only read. If nothing can be written there, the saved report
-    keeps the tokens with the corrector.
+    folder, as ``hf-corrector embed`` does, and so are the new encoder's word embeddings, averaged for each target, with
+    ``side="word_embeddings"``; its vectors are only read. If nothing can be written there, the saved report keeps the
+    side features with the corrector.
 
     Args:
         old_cache: Vectors of the old encoder: a cache or its folder.
@@ -121,7 +122,8 @@ def _run(inputs: UpgradeInputs, wanted: Wanted, options: UpgradeOptions, clock: 
     clean = clean_queries(inputs.relevant, chosen.choice.rows)  # all of them, by the way pairs are chosen
     judgement = compare(judged.per_query, clean=clean, options=options.judging)
     evidence = evidence_of(inputs, judgement, slices, wanted=wanted, options=options, clean=clean)
-    urgency = Urgency(inputs, choice.fit, traffic=chosen.traffic, seed=options.seed)
+    traffic = chosen.traffic if options.reembed_by_traffic else None
+    urgency = Urgency(inputs, choice.fit, traffic=traffic, seed=options.seed)
     verdict = decide(evidence, options.thresholds, reembed=_reembed(urgency, search, inputs, judgement.primary))
     clock.lap("judge")
     watched = Watched(corpus.cosines(choice.fit, without=chosen.choice.rows), judged.overlap)

@@ -1,9 +1,12 @@
-"""What to re-embed first where only a part of the corpus can be: predicted residual × traffic, worst first.
+"""What to re-embed first where only a part of the corpus can be: the largest predicted residuals.
 
 What correction leaves wrong of a target is known only where the target was re-encoded. For the others the logarithm of
 the squared residual is predicted from the stale vector by kernel ridge regression on the pairs: neighbours of targets
 that are corrected badly tend to be corrected badly. The residuals it learns from come from fits without those targets,
 as a fit's own are too small.
+
+The residual alone is the order: on three real drifts, re-encoding 30 % by it left a score error about .05 (of stale's)
+below that of a random choice, and residual × traffic left none below it (``examples/benchmarks/worst_first.py``).
 """
 
 from __future__ import annotations
@@ -111,11 +114,12 @@ def cross_fitted_residuals(probe: Probe, fit: Fit, *, folds: int = 5, seed: int 
 def worst_first(
     predicted_residuals: FloatArray, traffic: FloatArray | None = None, *, skipped: IntArray | None = None
 ) -> IntArray:
-    """Order target rows by predicted residual × traffic, largest first, ties by row.
+    """Order target rows by predicted residual, largest first, ties by row.
 
     Args:
         predicted_residuals: One non-negative number a target, ``(targets,)``.
-        traffic: How often each target is asked for or returned, ``(targets,)``; the same for all if not given.
+        traffic: How often each target is asked for or returned, ``(targets,)``: residuals are multiplied by it. That
+            serves what is asked for most, at a price: in our measurements the gain over a random order was gone.
         skipped: Rows to leave out, for instance those re-encoded already.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +12,7 @@ import torch
 from hf_corrector._distributed import all_gather_rows
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.sampling import DrawKeys, ExcludedRows, SoftmaxDraws
+from hf_corrector.sampling import DrawKeys, ExcludedRows, ListedTargets, SoftmaxDraws, draw_listed, top_listed
 
 STRATEGIES = ("full", "amortised", "pooled", "shortlist")
 SCAN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,6 +98,54 @@ def unkept(targets: CorrectedTargets) -> CorrectedTargets:
     return CorrectedTargets(
         targets.stale, targets.corrector, side=targets.side, device=targets.device, snapshot_bytes=0
     )  # fmt: skip
+
+
+class CorrectedScan:
+    """What all scans of corrected targets have in common.
+
+    Args:
+        targets: All targets through the corrector.
+    """
+
+    def __init__(self, targets: CorrectedTargets) -> None:
+        self._targets = unkept(targets)
+
+    @property
+    def device(self) -> torch.device:
+        """Where queries are expected."""
+        return self._targets.device
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def score(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the scores of chosen targets through the corrector as it is now, ``(batch, n)``."""
+        return score_rows(self._targets, queries, rows)
+
+
+class ListedScan(ABC):
+    """Answers from a list of targets for each query, which is all that a scan looks at."""
+
+    @abstractmethod
+    def _listed(self, queries: torch.Tensor, *, excluded: ExcludedRows, keys: DrawKeys) -> ListedTargets:
+        """Return what is looked at for each query."""
+
+    def draw(
+        self, queries: torch.Tensor, k: int, *, scale: float, excluded: ExcludedRows, keys: DrawKeys
+    ) -> SoftmaxDraws:
+        """Draw k distinct targets per query, see :class:`hf_corrector.scans.TargetScan`."""
+        return draw_listed(self._listed(queries, excluded=excluded, keys=keys), k, scale=scale, keys=keys)
+
+    def top(self, queries: torch.Tensor, k: int, *, excluded: ExcludedRows, keys: DrawKeys) -> SoftmaxDraws:
+        """Return the k highest scores of each query among those looked at, equal ones by row."""
+        return top_listed(self._listed(queries, excluded=excluded, keys=keys), k)
+
+    def skip_highest(
+        self, queries: torch.Tensor, count: int, *, excluded: ExcludedRows, keys: DrawKeys
+    ) -> torch.Tensor:  # fmt: skip
+        """Return a ceiling above which the ``count`` highest scores of each list lie, ``(batch,)``."""
+        scores = self._listed(queries, excluded=excluded, keys=keys).scores
+        return just_below(scores.topk(min(count, scores.shape[1]), dim=1).values[:, -1])
 
 
 def exchange_columns(own: torch.Tensor) -> Sequence[torch.Tensor]:

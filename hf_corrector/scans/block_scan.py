@@ -20,10 +20,10 @@ from hf_corrector.sampling import (
     share_of_blocks,
     top_scores,
 )
-from hf_corrector.scans.base import SCAN_DTYPES, ScanPlan, exchange_columns, just_below, score_rows, unkept
+from hf_corrector.scans.base import SCAN_DTYPES, CorrectedScan, ScanPlan, exchange_columns, just_below
 
 
-class BlockScan:
+class BlockScan(CorrectedScan):
     """Draw from the softmax over all targets, from corrected rows kept in memory where they fit.
 
     A block of targets is always corrected and scored as a whole and by one process, so that draws do not depend on how
@@ -40,7 +40,8 @@ class BlockScan:
     """
 
     def __init__(self, targets: CorrectedTargets, plan: ScanPlan, *, scratch: Path | None = None) -> None:
-        self._targets, self._plan, self._scratch = unkept(targets), plan, scratch
+        super().__init__(targets)
+        self._plan, self._scratch = plan, scratch
         self._dtype, self._blocks = SCAN_DTYPES[plan.dtype], share_of_blocks(len(targets), rank(), world_size())
         self._first = min(self._blocks[0] * BLOCK_ROWS, len(targets))
         self._stop = min(self._blocks[1] * BLOCK_ROWS, len(targets))
@@ -51,14 +52,6 @@ class BlockScan:
         self.kept = not self._as_stored and (self._fits or plan.strategy == "amortised")
         self._snapshot: torch.Tensor | None = None
         self._steps = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where queries are expected."""
-        return self._targets.device
-
-    def __len__(self) -> int:
-        return len(self._targets)
 
     def draw(
         self, queries: torch.Tensor, k: int, *, scale: float, excluded: ExcludedRows, keys: DrawKeys
@@ -79,10 +72,6 @@ class BlockScan:
         found = merge_results([SearchResult(rows, scores) for rows, scores in parts], k)
         unknown = torch.full((len(queries),), torch.nan, dtype=torch.float64)
         return SoftmaxDraws(found.rows, found.scores, unknown)
-
-    def score(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return the scores of chosen targets through the corrector as it is now, ``(batch, n)``."""
-        return score_rows(self._targets, queries, rows)
 
     def skip_highest(
         self, queries: torch.Tensor, count: int, *, excluded: ExcludedRows, keys: DrawKeys

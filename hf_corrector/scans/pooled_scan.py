@@ -20,10 +20,10 @@ from hf_corrector.sampling import (
     top_listed,
     top_scores,
 )
-from hf_corrector.scans.base import SCAN_DTYPES, ScanPlan, just_below, score_rows, unkept
+from hf_corrector.scans.base import SCAN_DTYPES, CorrectedScan, ScanPlan, just_below
 
 
-class PooledScan:
+class PooledScan(CorrectedScan):
     """Draw from the softmax over a fresh uniform pool of the targets.
 
     Only a share ``pool / targets`` of the hard negatives is ever in sight of a step. Every process corrects the pool by
@@ -35,15 +35,8 @@ class PooledScan:
     """
 
     def __init__(self, targets: CorrectedTargets, plan: ScanPlan) -> None:
-        self._targets, self._plan, self._dtype = unkept(targets), plan, SCAN_DTYPES[plan.dtype]
-
-    @property
-    def device(self) -> torch.device:
-        """Where queries are expected."""
-        return self._targets.device
-
-    def __len__(self) -> int:
-        return len(self._targets)
+        super().__init__(targets)
+        self._plan, self._dtype = plan, SCAN_DTYPES[plan.dtype]
 
     def draw(
         self, queries: torch.Tensor, k: int, *, scale: float, excluded: ExcludedRows, keys: DrawKeys
@@ -65,10 +58,6 @@ class PooledScan:
         excluded.within(pool).strike(scores, 0)
         ids = torch.from_numpy(pool).to(scores.device).expand(len(scores), -1)
         return top_listed(ListedTargets(torch.where(scores > -torch.inf, ids, -1), scores), k)
-
-    def score(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return the scores of chosen targets, ``(batch, n)``."""
-        return score_rows(self._targets, queries, rows)
 
     def skip_highest(
         self, queries: torch.Tensor, count: int, *, excluded: ExcludedRows, keys: DrawKeys

@@ -6,20 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from hf_corrector.sampling import (
-    DrawKeys,
-    ExcludedRows,
-    ListedTargets,
-    SoftmaxDraws,
-    draw_listed,
-    top_listed,
-)
-from hf_corrector.scans.base import TargetScan, just_below
+from hf_corrector.sampling import DrawKeys, ExcludedRows, ListedTargets
+from hf_corrector.scans.base import ListedScan, TargetScan
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
-class RerankScan:
+class RerankScan(ListedScan):
     """Draw from the softmax over the nearest targets by stale scores, scored by the current encoder.
 
     What the stale scores do not find is out of sight, however near it has come. A target is encoded once until
@@ -44,27 +37,10 @@ class RerankScan:
     def __len__(self) -> int:
         return len(self._stale)
 
-    def draw(
-        self, queries: torch.Tensor, k: int, *, scale: float, excluded: ExcludedRows, keys: DrawKeys
-    ) -> SoftmaxDraws:
-        """Draw k distinct targets per query, see :class:`hf_corrector.scans.TargetScan`."""
-        return draw_listed(self._listed(queries, excluded=excluded, keys=keys), k, scale=scale, keys=keys)
-
-    def top(self, queries: torch.Tensor, k: int, *, excluded: ExcludedRows, keys: DrawKeys) -> SoftmaxDraws:
-        """Return the k highest scores of each query among those encoded."""
-        return top_listed(self._listed(queries, excluded=excluded, keys=keys), k)
-
     def score(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Return the fresh scores of chosen targets, ``(batch, n)``; those not encoded yet are."""
         vectors, places = self._encoded(rows.cpu())
         return (queries.float() @ vectors.T).gather(1, places.to(queries.device))
-
-    def skip_highest(
-        self, queries: torch.Tensor, count: int, *, excluded: ExcludedRows, keys: DrawKeys
-    ) -> torch.Tensor:  # fmt: skip
-        """Return a ceiling above which the ``count`` highest scores among those encoded lie, ``(batch,)``."""
-        scores = self._listed(queries, excluded=excluded, keys=keys).scores
-        return just_below(scores.topk(min(count, scores.shape[1]), dim=1).values[:, -1])
 
     def invalidate(self) -> None:
         """Do nothing: there is no corrector."""

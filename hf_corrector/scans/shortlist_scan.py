@@ -11,24 +11,15 @@ from hf_corrector.affine_view import AffineView
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.index.base import RowVectors
 from hf_corrector.index.faiss import FaissIndex, FaissParameters
-from hf_corrector.sampling import (
-    DrawKeys,
-    ExcludedRows,
-    IntArray,
-    ListedTargets,
-    SoftmaxDraws,
-    draw_listed,
-    draw_pool,
-    top_listed,
-)
-from hf_corrector.scans.base import ScanPlan, just_below, score_rows, unkept
+from hf_corrector.sampling import DrawKeys, ExcludedRows, IntArray, ListedTargets, draw_pool
+from hf_corrector.scans.base import CorrectedScan, ListedScan, ScanPlan
 
 _FIT_ROWS = 8192
 # A network changes a little in every step; where its shortlist comes from need not follow at once.
 _REFIT_CHANGES = 10
 
 
-class ShortlistScan:
+class ShortlistScan(ListedScan, CorrectedScan):
     """Draw from a softmax that knows its head exactly and its tail by a weighted sample.
 
     The stale vectors are indexed once; queries are folded through the affine map nearest to the corrector, see
@@ -43,38 +34,10 @@ class ShortlistScan:
     """
 
     def __init__(self, targets: CorrectedTargets, plan: ScanPlan, *, index: FaissIndex) -> None:
-        self._targets, self._plan, self._index = unkept(targets), plan, index
+        super().__init__(targets)
+        self._plan, self._index = plan, index
         self._view: AffineView | None = None
         self._changes = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where queries are expected."""
-        return self._targets.device
-
-    def __len__(self) -> int:
-        return len(self._targets)
-
-    def draw(
-        self, queries: torch.Tensor, k: int, *, scale: float, excluded: ExcludedRows, keys: DrawKeys
-    ) -> SoftmaxDraws:
-        """Draw k distinct targets per query, see :class:`hf_corrector.scans.TargetScan`."""
-        return draw_listed(self._listed(queries, excluded=excluded, keys=keys), k, scale=scale, keys=keys)
-
-    def top(self, queries: torch.Tensor, k: int, *, excluded: ExcludedRows, keys: DrawKeys) -> SoftmaxDraws:
-        """Return the k highest scores of each query among those looked at, equal ones by row."""
-        return top_listed(self._listed(queries, excluded=excluded, keys=keys), k)
-
-    def score(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return the scores of chosen targets, ``(batch, n)``."""
-        return score_rows(self._targets, queries, rows)
-
-    def skip_highest(
-        self, queries: torch.Tensor, count: int, *, excluded: ExcludedRows, keys: DrawKeys
-    ) -> torch.Tensor:  # fmt: skip
-        """Return a ceiling above which the ``count`` highest scores of each list lie, ``(batch,)``."""
-        scores = self._listed(queries, excluded=excluded, keys=keys).scores
-        return just_below(scores.topk(min(count, scores.shape[1]), dim=1).values[:, -1])
 
     def invalidate(self) -> None:
         """Let the affine map follow the corrector, at once where it is one and now and then where it is only near."""

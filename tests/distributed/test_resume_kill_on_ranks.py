@@ -25,6 +25,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"corrector_kind": "residual_mlp", "scan": "amortised", "scan_refresh_steps": 3, "logging_steps": 3}, (1,),
     ),
     "adapter, both": ({}, (0, 1)),
+    "adapter, accumulated, in bfloat16, the main one": ({"gradient_accumulation_steps": 2, "bf16": True}, (0,)),
 }  # fmt: skip
 
 

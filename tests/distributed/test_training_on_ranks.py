@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from process_helpers import outcomes_on_ranks, run_on_ranks
 
 from hf_corrector import _distributed
@@ -24,6 +25,7 @@ WORDS = ("list", "remove", "count", "copy", "show", "find", "sort", "print", "fi
 GLOBAL_BATCH = 8
 # More than one block of targets, so that two processes each hold some and the others of four none.
 TARGETS = 4300
+ATTENTION = ["query", "value"]
 
 
 def retrieval_data() -> RetrievalData:
@@ -41,16 +43,24 @@ def trainer_of(encoder: str, out: Path, changes: dict[str, Any]) -> DualEncoderT
         "corrector_warmup_steps": 1, "corrector_update_steps": 2, "seed": 3, "use_cpu": True,
         "scan": "full", "disable_tqdm": True,
     }  # fmt: skip
-    args = DualEncoderTrainingArguments(str(out), **{**settings, **changes})
+    adapted = changes.get("adapted")
+    settings.update({name: value for name, value in changes.items() if name != "adapted"})
+    args = DualEncoderTrainingArguments(str(out), **settings)
     data = retrieval_data()
-    model = DualEncoderModel.from_encoder(encoder, separate_towers=not args.train_targets)
+    model: Any = DualEncoderModel.from_encoder(encoder, separate_towers=not args.train_targets)
+    if adapted is not None:
+        torch.manual_seed(13)
+        model = get_peft_model(model, LoraConfig(target_modules=adapted))
     trainer = DualEncoderTrainer(model, args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev)
     trainer.hold_out(data.test)
     return trainer
 
 
 def train(encoder: str, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """Train, and return what must not depend on the number of processes."""
+    """Train with ``changes`` to the arguments, ``adapted`` naming the layers that get a LoRA.
+
+    Returns what must not depend on the number of processes, and the vectors of the first texts after it.
+    """
     trainer = trainer_of(encoder, out, changes)
     trainer.train()
     trainer.save_model()
@@ -60,8 +70,12 @@ def train(encoder: str, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
         "rows": None if online is None else online.window.state()["window_rows"],
         "weights": {name: tensor.clone() for name, tensor in trainer.encoder.state_dict().items()},
         "quality": trainer.evaluate()["eval_mrr@10"],
-        "cost": dict(trainer.cost),
-    }
+        "cost": dict(trainer.cost), "vectors": vectors_of(trainer.encoder),
+    }  # fmt: skip
+
+
+def vectors_of(model: DualEncoderModel) -> torch.Tensor:
+    return torch.cat([model.encode_query(list(WORDS)), model.encode_target(list(WORDS))])
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -75,6 +89,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mini-batches": {"mini_batch_size": 3},
     "queries alone": {"train_targets": False, "staleness": "ignore"},
     "filtered": {"relative_margin": 0.05, "range_min": 2},
+    "adapter, accumulated mini-batches": {
+        "adapted": ATTENTION,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "mini_batch_size": 3,
+    },
+    "adapter of queries alone": {
+        "adapted": r"encoder\..*\.(query|value)",
+        "train_targets": False,
+        "staleness": "ignore",
+    },
 }
 
 
@@ -94,6 +119,36 @@ def test_two_and_four_processes_train_as_one(tiny_encoder: str, tmp_path: Path, 
                 # Sums of gradients are rounded in another order; plain descent does not blow that up as Adam does.
                 assert torch.allclose(found["weights"][key].float(), expected.float(), atol=2e-4, rtol=1e-3), key
                 assert torch.equal(found["weights"][key], results[0]["weights"][key]), key
+
+
+def reload(folder: Path) -> torch.Tensor:
+    return vectors_of(DualEncoderModel.from_pretrained(folder))
+
+
+def test_an_adapter_that_two_processes_trained_has_the_same_vectors_in_another_process(
+    tiny_encoder: str, tmp_path: Path
+) -> None:
+    changes = {"adapted": ATTENTION, "save_strategy": "steps", "save_steps": 2}
+    first, second = run_on_ranks(train, 2, tiny_encoder, tmp_path, changes, timeout=180)
+    assert torch.equal(first["vectors"], second["vectors"])
+    for folder in (tmp_path, tmp_path / "checkpoint-4"):
+        assert not (folder / "model.safetensors").exists()
+        (loaded,) = run_on_ranks(reload, 1, folder)
+        assert torch.equal(loaded, first["vectors"])
+
+
+def test_bfloat16_on_several_processes_differs_from_one_by_its_rounding_alone(
+    tiny_encoder: str, tmp_path: Path
+) -> None:
+    """Gradients are products over other rows, rounded to 8 bits; what is drawn follows them step by step."""
+    changes = {"bf16": True, "learning_rate": 0.002}
+    (alone,) = run_on_ranks(train, 1, tiny_encoder, tmp_path / "1", changes, timeout=180)
+    for count in (2, 4):
+        results = run_on_ranks(train, count, tiny_encoder, tmp_path / str(count), changes, timeout=180)
+        assert results[0]["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-3)
+        assert results[0]["losses"] == pytest.approx(alone["losses"], rel=0.02)
+        for name, weight in results[0]["weights"].items():
+            assert all(torch.equal(weight, other["weights"][name]) for other in results), name
 
 
 def die_in_the_third_step(encoder: str, out: Path) -> None:
@@ -128,8 +183,14 @@ def resume(encoder: str, out: Path, changes: dict[str, Any], checkpoint: str | N
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"scan": "amortised"}, {"corrector_kind": "residual_mlp", "scan": "amortised"}],
-    ids=["affine", "amortised", "network"],
+    [
+        {},
+        {"scan": "amortised"},
+        {"corrector_kind": "residual_mlp", "scan": "amortised"},
+        {"adapted": ATTENTION, "gradient_accumulation_steps": 2},
+        {"bf16": True},
+    ],
+    ids=["affine", "amortised", "network", "adapter", "bfloat16"],
 )
 def test_a_resumed_run_of_two_processes_equals_the_uninterrupted_one_bit_for_bit(
     tiny_encoder: str, tmp_path: Path, changes: dict[str, Any]
