@@ -19,7 +19,9 @@ from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
 
 
-def main(output_dir: str, *, sources: str | None = None, max_steps: int = 300, layers: int = 6) -> None:
+def main(
+    output_dir: str, *, sources: str | None = None, max_steps: int = 300, layers: int = 6, judged: int = 100
+) -> None:
     """Compose, train, judge and answer."""
     # A question is a docstring, its answer the name of the function, and only the source of that function holds it.
     data = python_source_questions(Path(sources or sysconfig.get_path("stdlib")))
@@ -36,7 +38,7 @@ def main(output_dir: str, *, sources: str | None = None, max_steps: int = 300, l
     )  # fmt: skip
     trainer = RetrievalAugmentedTrainer(model, args, train_dataset=data.train, targets=data.corpus)
     # What the test questions look for never teaches the corrector, so that all of them can judge it.
-    test = data.test.select(range(min(100, len(data.test))))
+    test = data.test.select(range(min(judged, len(data.test))))
     trainer.hold_out(test)
     trainer.train()
     trainer.save_model()

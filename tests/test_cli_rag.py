@@ -110,7 +110,7 @@ def test_a_stale_cache_without_a_corrector_needs_its_targets_encoded(
     [
         (["--answer_max_length=2"], "Raise answer_max_length"),
         (["--reader_layers=1"], "expected none with --reader"),
-        (["--num_passages=0"], "--num_passages of at least 1"),
+        (["--num_passages=0", "--objective=generator_only", "--staleness=ignore"], "--num_passages of at least 1"),
         (["--judged_questions=-1"], "--judged_questions of 0 or more"),
         (["--objective=leave_one_out", "--num_passages=1"], "num_passages: expected at least 2"),
         (["--language=de"], "invalid choice"),
@@ -154,7 +154,7 @@ def test_data_without_answers_and_runs_of_other_commands_are_refused(
 
 def test_the_example_runs_with_the_default_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sources = Path(sysconfig.get_path("stdlib")) / "asyncio"
-    runpy.run_path(str(EXAMPLE))["main"](str(tmp_path / "out"), sources=str(sources), max_steps=2, layers=1)
+    runpy.run_path(str(EXAMPLE))["main"](str(tmp_path / "out"), sources=str(sources), max_steps=2, layers=1, judged=2)
     shown = capsys.readouterr().out
     assert "clean of" in shown and "right would be " in shown
 
