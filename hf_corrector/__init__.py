@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderConfig, DualEncoderModel
+from hf_corrector.rag import RetrievalAugmentedConfig, RetrievalAugmentedModel
 from hf_corrector.version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from hf_corrector.index_upgrade.options import UpgradeOptions
     from hf_corrector.index_upgrade.report import UpgradeReport
     from hf_corrector.index_upgrade.upgrading import upgrade
+    from hf_corrector.rag.generation import GenerationOptions
+    from hf_corrector.rag.passages import NearestPassages
+    from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
+    from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
     from hf_corrector.records import EncoderFingerprint, RunRecord
     from hf_corrector.side_features import DenseSide, TokenCounts
     from hf_corrector.training.arguments import DualEncoderTrainingArguments
@@ -61,6 +66,10 @@ _HOMES = {
     "StreamingCorrector": "hf_corrector.adaptation.streaming_corrector",
     "AdaptationPolicy": "hf_corrector.drift_detection",
     "DriftDetector": "hf_corrector.drift_detection",
+    "RetrievalAugmentedTrainingArguments": "hf_corrector.rag.rag_arguments",
+    "RetrievalAugmentedTrainer": "hf_corrector.rag.rag_trainer",
+    "NearestPassages": "hf_corrector.rag.passages",
+    "GenerationOptions": "hf_corrector.rag.generation",
 }
 
 __all__ = [
@@ -95,6 +104,12 @@ __all__ = [
     "StreamingCorrector",
     "AdaptationPolicy",
     "DriftDetector",
+    "RetrievalAugmentedConfig",
+    "RetrievalAugmentedModel",
+    "RetrievalAugmentedTrainingArguments",
+    "RetrievalAugmentedTrainer",
+    "NearestPassages",
+    "GenerationOptions",
     "__version__",
 ]
 

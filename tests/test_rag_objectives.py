@@ -81,7 +81,7 @@ def test_each_objective_is_its_equation(name: str) -> None:
     assert found.dtype == torch.float32
     for query in range(3):
         wanted = reference(name, scores[query], likelihoods[query], MASK[query])
-        assert float(found[query]) == pytest.approx(float(wanted), rel=1e-5), query
+        assert found[query].item() == pytest.approx(wanted.item(), rel=1e-5), query
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -175,4 +175,4 @@ def test_transformers_loses_the_prior_of_answers_of_one_token(rag: RagSequenceFo
 
 
 def test_ignored_labels_count_nothing() -> None:
-    assert IGNORED == torch.nn.CrossEntropyLoss().ignore_index
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED

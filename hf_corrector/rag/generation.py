@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import GenerationConfig
@@ -197,9 +196,8 @@ def generate_answers(
     with model.evaluating(options.compute_dtype):
         for start in range(0, len(questions), QUERIES_AT_ONCE):
             found = _retrieve(model, questions[start : start + QUERIES_AT_ONCE], candidate_fn, options)
-            answered += _thorough(model, found, options) if options.method == "thorough" else _fast(
-                model, found, options
-            )  # fmt: skip
+            answer = _thorough if options.method == "thorough" else _fast
+            answered += answer(model, found, options)
     return answered
 
 
@@ -207,11 +205,11 @@ def _retrieve(
     model: RetrievalAugmentedModel, texts: Sequence[str], candidate_fn: CandidateFn, options: GenerationOptions
 ) -> _Found:  # fmt: skip
     retriever, dtype = model.retriever, options.compute_dtype
-    queries = retriever.encode_tokens(retriever.tokenize(texts, "query"), "query", compute_dtype=dtype)
+    tokens = retriever.tokenize(texts, "query")
+    queries = retriever.encode_tokens(tokens, "query", compute_dtype=dtype).to(model.device)
     with torch.autocast(model.device.type, enabled=False):
-        retrieved = candidate_fn(queries.to(model.device))
-    vectors = model.target_vectors(retrieved, queries)
-    prior = model.log_prior(queries, vectors.cpu(), retrieved).cpu()
+        retrieved = candidate_fn(queries)
+    prior = model.log_prior(queries, model.target_vectors(retrieved, queries), retrieved).cpu()
     return _Found(model.reader.questions(texts), retrieved, prior)
 
 
@@ -258,7 +256,7 @@ def _read(
 
 def _answered(found: _Found, query: int, answers: list[Answer]) -> AnsweredQuestion:
     ids, passages = found.retrieved.candidates.ids, found.passages(query)
-    ordered = tuple(sorted(answers, key=lambda one: -one.log_prob if math.isfinite(one.log_prob) else math.inf))
+    ordered = tuple(sorted(answers, key=lambda one: one.log_prob, reverse=True))
     rows = tuple(int(ids[query, column]) for column, _, _ in passages)
     return AnsweredQuestion(ordered, rows, tuple(prior for _, _, prior in passages))
 
@@ -275,7 +273,7 @@ def _write(
     for rows in by_length(torch.tensor([len(one) for one in prompts]), options.batch_size):
         batch = _padded([prompts[row] for row in rows.tolist()], style)
         tokens = {name: one.to(model.device) for name, one in batch.items()}
-        written = model.generator.generate(**tokens, generation_config=config)
+        written = cast(Any, model.generator).generate(**tokens, generation_config=config)
         # A decoder repeats its prompt, an encoder-decoder the token it starts from.
         skipped = 1 if style.start is not None else batch["input_ids"].shape[1]
         kept = [_up_to_end(row, style.end) for row in written[:, skipped:].cpu().tolist()]

@@ -147,13 +147,13 @@ class RetrievalAugmentedTrainer(CacheTrainer):
         self.encoder.config.scale = self.rag.scale_now
 
         def candidate_fn(queries: torch.Tensor) -> RetrievedTargets:
-            scan = self.source.scan(self.live_cache, step)
-            if scan is None or self.live_cache is None:
+            live, scan = self.live_cache, self.source.scan(self.live_cache, step)
+            if scan is None or live is None:
                 return closed_book(queries)
             with self.step_log.phase("sampling"):
                 choice = self._chooser.choose(
                     queries, inputs["query_rows"], scan=scan, step=step, scale=self.encoder.config.scale,
-                    cached=self.live_cache.corrected.gather,
+                    cached=live.cache.gather,
                 )  # fmt: skip
             chosen.append(choice)
             return choice.part
@@ -172,6 +172,15 @@ class RetrievalAugmentedTrainer(CacheTrainer):
             with self.step_log.phase("corrector"):
                 self._learn_from(chosen[0], outputs.target_embeddings.detach().float())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Estimate the operations of a step on questions and answers; which passages are read is not known here."""
+        texts = {name: int(inputs[name]["input_ids"].numel()) for name in ("questions", "reader_questions", "answers")}
+        read = (texts["reader_questions"] + texts["answers"]) * max(1, self.args.num_passages)
+        return 6 * (
+            texts["questions"] * self.encoder.num_parameters(exclude_embeddings=True)
+            + read * self.rag.generator.num_parameters(exclude_embeddings=True)
+        )  # fmt: skip
 
     def _learn_from(self, choice: PassageChoice, fresh: torch.Tensor) -> None:
         """Hand the step's re-encoded targets to the corrector and the log."""
@@ -206,20 +215,21 @@ class RetrievalAugmentedTrainer(CacheTrainer):
         if self.args.generator_learning_rate is None and self.rag.log_scale is None:
             return optimizer
         reader = {id(one) for one in self.rag.generator.parameters()}
-        groups = []
-        for group in optimizer.param_groups:
-            kinds: dict[str, list[torch.nn.Parameter]] = {"retriever": [], "reader": [], "scale": []}
-            for one in group["params"]:
-                kinds["reader" if id(one) in reader else "scale" if one is self.rag.log_scale else "retriever"].append(
-                    one
-                )
-            rate = self.args.generator_learning_rate
-            changes = {
-                "retriever": {}, "reader": {} if rate is None else {"lr": rate}, "scale": {"weight_decay": 0.0}
-            }  # fmt: skip
-            groups += [(kind, {**group, "params": some, **changes[kind]}) for kind, some in kinds.items() if some]
-        # The first group's learning rate is the clock of the encoder's drift.
-        optimizer.param_groups[:] = [group for kind, group in sorted(groups, key=lambda one: one[0] != "retriever")]
+        rate = self.args.generator_learning_rate
+        changes: dict[str, dict[str, float]] = {
+            "retriever": {}, "reader": {} if rate is None else {"lr": rate}, "scale": {"weight_decay": 0.0}
+        }  # fmt: skip
+
+        def kind_of(weight: torch.nn.Parameter) -> str:
+            return "reader" if id(weight) in reader else "scale" if weight is self.rag.log_scale else "retriever"
+
+        split = [
+            {**group, "params": some, **change}
+            # The first group's learning rate is the clock of the encoder's drift.
+            for kind, change in changes.items() for group in optimizer.param_groups
+            if (some := [one for one in group["params"] if kind_of(one) == kind])
+        ]  # fmt: skip
+        optimizer.param_groups[:] = split
         return optimizer
 
     # ------------------------------------------------------------------ judgement

@@ -71,7 +71,7 @@ class CacheTrainer(CheckpointingTrainer):
     """
 
     args: CacheTrainingArguments
-    cost_names = COSTS
+    cost_names: tuple[str, ...] = COSTS
 
     def __init__(
         self, model: torch.nn.Module, args: CacheTrainingArguments, run: RunTargets, **for_trainer: Any

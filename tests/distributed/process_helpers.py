@@ -25,7 +25,10 @@ from typing import Any
 import torch
 
 # Imported once per session by a clean process that all others are forked from, as imports take seconds.
-PRELOADED = ["torch.distributed", "hf_corrector.encoding", "hf_corrector.training.dual_encoder_trainer"]
+PRELOADED = [
+    "torch.distributed", "hf_corrector.encoding", "hf_corrector.training.dual_encoder_trainer",
+    "hf_corrector.rag.rag_trainer",
+]  # fmt: skip
 TESTS = Path(__file__).parent.parent
 
 

@@ -1,0 +1,78 @@
+"""Retrieval-augmented training over two processes against the same run in one: same passages, losses and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from process_helpers import run_on_ranks
+from rag_helpers import rag_of, rag_trainer
+
+from hf_corrector import _distributed
+
+GLOBAL_BATCH = 4
+
+
+def train(encoder: str, out: Path, changes: dict[str, Any], checkpoint: str | None = None) -> dict[str, Any]:
+    """Train, and return what must not depend on the number of processes."""
+    settings = {
+        "per_device_train_batch_size": GLOBAL_BATCH // _distributed.world_size(), "optim": "sgd",
+        "learning_rate": 0.01, "generator_learning_rate": 0.02, "max_steps": 3, **changes,
+    }  # fmt: skip
+    trainer = rag_trainer(rag_of(encoder, "gpt2", learn_scale=True), out, **settings)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    online = None if trainer.live_cache is None else trainer.live_cache.online
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "likelihoods": [entry.get("answer_log_likelihood", 0.0) for entry in logs],
+        "rows": None if online is None else online.window.state()["window_rows"],
+        "weights": {name: one.clone() for name, one in trainer.rag.state_dict().items()},
+        "quality": trainer.evaluate()["eval_answer_log_likelihood"],
+        "cost": dict(trainer.cost),
+    }
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "marginal, drawn": {"passages": "softmax", "uniform_fraction": 0.5},
+    "leave one out, in chunks, accumulated": {
+        "objective": "leave_one_out", "generator_mini_batch_size": 3, "mini_batch_size": 2,
+        "gradient_accumulation_steps": 2, "max_steps": 2,
+    },
+    "reader alone": {"objective": "generator_only"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_processes_train_as_one(tiny_encoder: str, tmp_path: Path, name: str) -> None:
+    changes = VARIANTS[name]
+    (alone,) = run_on_ranks(train, 1, tiny_encoder, tmp_path / "1", changes, timeout=180)
+    results = run_on_ranks(train, 2, tiny_encoder, tmp_path / "2", changes, timeout=180)
+    assert results[0]["losses"] == pytest.approx(alone["losses"], rel=2e-4)
+    assert results[0]["likelihoods"] == pytest.approx(alone["likelihoods"], rel=2e-4)
+    if alone["rows"] is not None:
+        assert torch.equal(results[0]["rows"], alone["rows"])
+    for found in results:
+        own = {key: value for key, value in found["cost"].items() if key != "train_target_passes"}
+        assert own == {key: value for key, value in alone["cost"].items() if key in own}
+        # A target that questions of two processes read is encoded by both.
+        assert found["cost"]["train_target_passes"] >= alone["cost"]["train_target_passes"]
+        assert found["quality"] == pytest.approx(alone["quality"], rel=1e-3)
+        for key, expected in alone["weights"].items():
+            if "corrector" not in key:
+                assert torch.allclose(found["weights"][key], expected, atol=2e-4, rtol=1e-3), key
+            assert torch.equal(found["weights"][key], results[0]["weights"][key]), key
+
+
+def test_a_resumed_run_of_two_processes_equals_the_uninterrupted_one_bit_for_bit(
+    tiny_encoder: str, tmp_path: Path
+) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 1, "passages": "softmax"}
+    whole = run_on_ranks(train, 2, tiny_encoder, tmp_path, changes, timeout=180)
+    again = run_on_ranks(train, 2, tiny_encoder, tmp_path, changes, str(tmp_path / "checkpoint-1"), timeout=180)
+    for first, second in zip(whole, again, strict=True):
+        assert [
+            name for name, one in first["weights"].items() if not torch.equal(one, second["weights"][name])
+        ] == []  # fmt: skip

@@ -1,0 +1,257 @@
+"""Training on answers alone: what is read, learnt, counted, saved, resumed and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from rag_helpers import generator_of, question_data, rag_of, rag_trainer
+
+from hf_corrector.encoding import EncodeOptions, build_cache
+from hf_corrector.errors import CheckpointError, ConfigurationError, DataError
+from hf_corrector.models import DualEncoderModel
+from hf_corrector.rag.modeling_rag import RetrievalAugmentedModel
+from hf_corrector.rag.objectives import OBJECTIVES
+from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
+from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
+
+SGD = {"optim": "sgd", "learning_rate": 0.01}
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: one.clone() for name, one in model.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]:
+    """Return the parts of which some weight has changed."""
+    after = model.state_dict()
+    return {name.split(".")[0] for name, one in before.items() if not torch.equal(one, after[name])}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_what_it_says_and_counts_its_passes(
+    tiny_encoder: str, tmp_path: Path, objective: str
+) -> None:
+    trainer = rag_trainer(rag_of(tiny_encoder, learn_scale=True), tmp_path, objective=objective)
+    before = {name: one for name, one in weights(trainer.rag).items() if "corrector" not in name}
+    trainer.train()
+    frozen = objective == "generator_only"
+    assert changed(before, trainer.rag) == ({"generator"} if frozen else {"generator", "retriever", "log_scale"})
+    cost = trainer.cost
+    assert cost["initial_target_passes"] == 48 and cost["query_passes"] == 16
+    assert cost["reader_passes"] == 16 * (4 if objective == "leave_one_out" else 3)
+    assert (cost["train_target_passes"] > 16) == (cost["probe_target_passes"] > 0) == (not frozen)
+    first = trainer.state.log_history[0]
+    if not frozen:
+        # At step 0 the cache holds what training encodes.
+        assert first["cosine_stale_fresh"] == pytest.approx(1.0, abs=1e-6)
+        assert first["residual_uniform"] == pytest.approx(0.0, abs=1e-6)
+    assert trainer.encoder.config.scale == pytest.approx(trainer.rag.scale_now, abs=0.05)
+
+
+def test_learning_rates_of_parts_are_their_own(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = rag_trainer(
+        rag_of(tiny_encoder, learn_scale=True), tmp_path, generator_learning_rate=7e-3, weight_decay=0.1
+    )
+    trainer.create_optimizer()
+    groups, reader = trainer.optimizer.param_groups, set(map(id, trainer.rag.generator.parameters()))
+    assert groups[0]["lr"] == 1e-3 and not {id(one) for one in groups[0]["params"]} & reader
+    for group in groups:
+        of_reader = {id(one) in reader for one in group["params"]}
+        assert len(of_reader) == 1 and group["lr"] == (7e-3 if of_reader.pop() else 1e-3)
+    (scale,) = [group for group in groups if any(one is trainer.rag.log_scale for one in group["params"])]
+    assert scale["weight_decay"] == 0.0 and len(scale["params"]) == 1
+    counted = sum(len(group["params"]) for group in groups)
+    assert counted == sum(one.requires_grad for one in trainer.rag.parameters())
+
+
+def resumable(encoder: str, out: Path, **changes: Any) -> RetrievalAugmentedTrainer:
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "passages": "softmax", **changes}
+    return rag_trainer(rag_of(encoder, dropout=0.1, learn_scale=True), out, **settings)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"corrector_kind": "residual_mlp", "generator_mini_batch_size": 5, "mini_batch_size": 3},
+        {"staleness": "refresh", "refresh_steps": "3", "gradient_accumulation_steps": 2, "objective": "emdr2"},
+    ],
+    ids=["corrector, chunks", "refresh, accumulated"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    tiny_encoder: str, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole = resumable(tiny_encoder, tmp_path, **changes)
+    whole.train()
+    expected, cost = weights(whole.rag), dict(whole.cost)
+    again = resumable(tiny_encoder, tmp_path, **changes)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    found = weights(again.rag)
+    assert [name for name, one in expected.items() if not torch.equal(one, found[name])] == []
+    assert again.cost["reader_passes"] == cost["reader_passes"]
+    losses = [[one["loss"] for one in run.state.log_history if "loss" in one] for run in (whole, again)]
+    assert losses[0] == losses[1]
+    other = resumable(tiny_encoder, tmp_path, **{**changes, "num_passages": 2})
+    with pytest.raises(CheckpointError, match="num_passages"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_accumulated_batches_are_one_large_batch(tiny_encoder: str, tmp_path: Path) -> None:
+    found = []
+    for name, changes in {
+        "large": {"per_device_train_batch_size": 8},
+        "small": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    }.items():
+        trainer = rag_trainer(rag_of(tiny_encoder), tmp_path / name, **SGD, max_steps=2, **changes)
+        trainer.train()
+        found.append((trainer.state.log_history[0]["loss"], weights(trainer.rag)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, one in found[0][1].items():
+        if "corrector" not in name:
+            assert torch.allclose(one, found[1][1][name], atol=1e-5), name
+
+
+def test_a_fixed_retriever_reads_the_cache_it_is_given(tiny_encoder: str, tmp_path: Path) -> None:
+    targets, train, _ = question_data()
+    older = DualEncoderModel.from_encoder(tiny_encoder)
+    with torch.no_grad():
+        for one in older.parameters():
+            one += 0.05 * torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
+    cache = build_cache(older, targets, tmp_path / "older", options=EncodeOptions(progress=False)).cache
+    args = RetrievalAugmentedTrainingArguments(
+        str(tmp_path / "out"), objective="generator_only", staleness="ignore", num_passages=3, max_steps=2,
+        report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = RetrievalAugmentedTrainer(
+        rag_of(tiny_encoder), args, train_dataset=train, targets=targets, target_cache=cache
+    )
+    trainer.train()
+    assert trainer.cost["initial_target_passes"] == 0
+    queries = trainer.encoder.encode_query(train["query"][:4])
+    wanted = (queries @ cache.read(0, 48).float().T).topk(3).indices
+    assert trainer.nearest_passages()(queries).candidates.ids.tolist() == wanted.tolist()
+
+
+def test_a_closed_book_needs_neither_cache_nor_passages(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = rag_trainer(rag_of(tiny_encoder, "t5"), tmp_path, objective="generator_only", num_passages=0)
+    trainer.train()
+    assert trainer.live_cache is None and trainer.cost["reader_passes"] == 16
+    assert set(trainer.evaluate()) >= {"eval_answer_log_likelihood"}
+
+
+def test_reranking_and_frozen_targets_train_too(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = rag_trainer(rag_of(tiny_encoder), tmp_path / "r", staleness="rerank", rerank_candidates=5, max_steps=2)
+    trainer.train()
+    assert trainer.cost["rerank_target_passes"] > 0 and trainer.cost["probe_target_passes"] == 0
+    generator, tokenizer = generator_of("t5")
+    retriever = DualEncoderModel.from_encoder(tiny_encoder, separate_towers=True)
+    model = RetrievalAugmentedModel.from_parts(retriever, generator, tokenizer, answer_max_length=16)
+    frozen = rag_trainer(model, tmp_path / "f", train_targets=False, staleness="ignore", max_steps=2)
+    before = {name: one for name, one in weights(model.retriever).items() if name.startswith("separate")}
+    queries = weights(model.retriever.encoder)
+    frozen.train()
+    assert frozen.cost["train_target_passes"] == 0
+    assert changed(before, model.retriever) == set() and changed(queries, model.retriever.encoder)
+
+
+def test_adapters_are_trained_saved_and_loaded(tiny_encoder: str, tmp_path: Path) -> None:
+    generator, tokenizer = generator_of("gpt2")
+    reader = get_peft_model(generator, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    model = RetrievalAugmentedModel.from_parts(
+        DualEncoderModel.from_encoder(tiny_encoder), reader, tokenizer, answer_max_length=16
+    )
+    trainer = rag_trainer(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    before = weights(model.generator)
+    trainer.train()
+    names = {name for name, one in model.generator.state_dict().items() if not torch.equal(one, before[name])}
+    assert names and all("lora_" in name for name in names)
+    trainer.save_model()
+    loaded = RetrievalAugmentedModel.from_pretrained(str(tmp_path))
+    for name, one in model.state_dict().items():
+        assert torch.equal(one, loaded.state_dict()[name]), name
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_bfloat16_trains_and_evaluates(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = rag_trainer(rag_of(tiny_encoder, "llama"), tmp_path, bf16=True, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+    assert trainer.evaluate()["eval_answer_log_likelihood"] < 0
+
+
+def test_held_out_positives_are_not_fitted_on(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = rag_trainer(rag_of(tiny_encoder), tmp_path, uniform_fraction=1.0, max_steps=6)
+    test = question_data()[2]
+    with pytest.raises(DataError, match="positive_ids"):
+        trainer.hold_out(test.remove_columns("positive_ids"))
+    trainer.hold_out(test)
+    trainer.train()
+    rows = set(trainer.fitted_rows.tolist())
+    assert rows and not rows & set(range(36, 48))
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def without(row: int, **changes: Any) -> Dataset:
+    rows = question_data()[1].to_list()
+    return Dataset.from_list([{**one, **(changes if number == row else {})} for number, one in enumerate(rows)])
+
+
+@pytest.mark.parametrize(
+    ("train", "error"),
+    [
+        (without(3, answers=[]), "train_dataset, row 3"),
+        (without(4, answers=[" "]), "train_dataset, row 4"),
+        (without(5, query=""), "train_dataset, row 5"),
+        (without(6, query_id="q0"), "'q0' again"),
+        (without(7, answers=["a very long answer, which nobody would ever read to its end"]), "answer 7"),
+        (question_data()[1].remove_columns("answers"), "Add the column 'answers'"),
+        (question_data()[1].map(lambda row: {"answers": row["answers"][0]}), "a list of strings"),
+    ],
+)
+def test_questions_that_cannot_be_trained_on_are_refused_before_any_work(
+    tiny_encoder: str, tmp_path: Path, train: Dataset, error: str
+) -> None:
+    args = RetrievalAugmentedTrainingArguments(str(tmp_path / "out"), report_to=[])
+    with pytest.raises(DataError, match=error):
+        RetrievalAugmentedTrainer(rag_of(tiny_encoder), args, train_dataset=train, targets=question_data()[0])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"objective": "rag"}, "objective: expected one of"),
+        ({"passages": "uniform"}, "passages: expected one of"),
+        ({"objective": "generator_only", "staleness": "corrector"}, "staleness: expected 'ignore'"),
+        ({"objective": "leave_one_out", "num_passages": 1}, "num_passages: expected at least 2"),
+        ({"num_passages": 0}, "num_passages: expected at least 1"),
+        ({"staleness": "rerank", "rerank_candidates": 2}, "rerank_candidates"),
+        ({"generator_mini_batch_size": 0}, "generator_mini_batch_size"),
+        ({"objective_temperature": 0.0}, "objective_temperature"),
+        ({"staleness": "refresh"}, "refresh_steps"),
+        ({"drift_bound": 0.1, "objective": "generator_only"}, "drift_bound"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str, Any], error: str) -> None:
+    settings = {"staleness": "ignore"} if changes.get("objective") == "generator_only" else {}
+    with pytest.raises(ConfigurationError, match=error):
+        RetrievalAugmentedTrainingArguments(str(tmp_path), report_to=[], **{**settings, **changes})
+
+
+def test_other_models_and_arguments_are_refused(tiny_encoder: str, tmp_path: Path) -> None:
+    targets, train, _ = question_data()
+    args = RetrievalAugmentedTrainingArguments(str(tmp_path), report_to=[])
+    model = rag_of(tiny_encoder)
+    with pytest.raises(ConfigurationError, match="a RetrievalAugmentedModel"):
+        RetrievalAugmentedTrainer(model.retriever, args, train_dataset=train, targets=targets)
+    with pytest.raises(ConfigurationError, match="a RetrievalAugmentedModel"):
+        wrapped = get_peft_model(model, LoraConfig(target_modules=["query"]))
+        RetrievalAugmentedTrainer(wrapped, args, train_dataset=train, targets=targets)
+    with pytest.raises(ConfigurationError, match="targets to read"):
+        RetrievalAugmentedTrainer(rag_of(tiny_encoder), args, train_dataset=train)
