@@ -253,7 +253,8 @@ def judge_trained(
         DataError: If questions and targets do not fit together.
     """
     live, options = trainer.need_cache("judge_trained"), reading_options(trainer.args) if options is None else options
-    conditions = {"stale": live.cache, "corrected": live.corrected, "fresh": trainer.run_judge.encode_fresh()}
+    fresh = trainer.run_judge.encode_fresh()
+    conditions: dict[str, RowVectors | None] = {"stale": live.cache, "corrected": live.corrected, "fresh": fresh}
 
     def judge() -> ReadingJudgement:
         return judge_reading(
