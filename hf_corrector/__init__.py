@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_corrector.cache.target_cache import TargetCache
     from hf_corrector.corrected_retriever import CorrectedRetriever, RetrieverOptions
     from hf_corrector.data.datasets import RetrievalData, from_pairs, load_retrieval_data
-    from hf_corrector.data.stdlib import standard_library_data
+    from hf_corrector.data.stdlib import standard_library_data, standard_library_questions
     from hf_corrector.drift_detection import AdaptationPolicy, DriftDetector
     from hf_corrector.encoding import EncodeOptions, build_cache, update_cache
     from hf_corrector.evaluation.staleness import measure_staleness
@@ -46,6 +46,7 @@ _HOMES = {
     "from_pairs": "hf_corrector.data.datasets",
     "RetrievalData": "hf_corrector.data.datasets",
     "standard_library_data": "hf_corrector.data.stdlib",
+    "standard_library_questions": "hf_corrector.data.stdlib",
     "TargetCache": "hf_corrector.cache.target_cache",
     "EncodeOptions": "hf_corrector.encoding",
     "build_cache": "hf_corrector.encoding",
@@ -85,6 +86,7 @@ __all__ = [
     "from_pairs",
     "RetrievalData",
     "standard_library_data",
+    "standard_library_questions",
     "DualEncoderConfig",
     "DualEncoderModel",
     "CorrectorConfig",

@@ -52,8 +52,8 @@ def normalize_answer(text: str, *, language: str = "en") -> str:
     if language == "ja":
         folded = unicodedata.normalize("NFKC", text).lower()
         # Unicode's categories P are punctuation, Z separators, C controls; the mark of long vowels is a letter.
-        kept = (letter for letter in folded if unicodedata.category(letter)[0] not in "PZC")
-        return "".join(letter for letter in kept if letter not in _PUNCTUATION)
+        letters = (letter for letter in folded if unicodedata.category(letter)[0] not in "PZC")
+        return "".join(letter for letter in letters if letter not in _PUNCTUATION)
     kept = "".join(letter for letter in text.lower() if letter not in _PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", kept).split())
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_corrector._extras import demo_encoder
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.rag.default_reader import cross_attention_names, default_reader
+from hf_corrector.rag.default_reader import cross_attention_names, default_reader, raise_cross_attention_rate
 
 
 def test_both_halves_start_from_the_encoder_and_the_rest_from_the_seed(tiny_encoder: str) -> None:
@@ -95,6 +95,20 @@ def test_it_learns_to_copy_what_it_reads(tiny_encoder: str) -> None:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_cross_attention_may_learn_faster_than_what_was_known(tiny_encoder: str) -> None:
+    reader, _ = default_reader(tiny_encoder)
+    other = torch.nn.Linear(2, 2)
+    groups = [{"params": list(reader.parameters()), "lr": 1e-4}, {"params": list(other.parameters()), "lr": 1e-2}]
+    optimizer = torch.optim.AdamW(groups)
+    raise_cross_attention_rate(optimizer, reader, factor=5.0)
+    rate = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    new = cross_attention_names(reader)
+    assert len(rate) == len(list(reader.parameters())) + 2 and new
+    for name, weight in reader.named_parameters():
+        assert rate[id(weight)] == pytest.approx(5e-4 if name in new else 1e-4)
+    assert all(rate[id(weight)] == 1e-2 for weight in other.parameters())
 
 
 def test_the_demo_encoder_is_the_default() -> None:

@@ -24,8 +24,9 @@ from hf_corrector.models.configuration_dual_encoder import POOLINGS, DualEncoder
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.sentence_transformers_format import read_repository_json
-from hf_corrector.records import RECORD_FILE, FittedTargets
+from hf_corrector.records import RECORD_FILE, FittedTargets, RunRecord
 from hf_corrector.side_features import SideFeatures
+from hf_corrector.training.cache_trainer import CacheTrainer
 from hf_corrector.training.checks import check_made_by
 
 STDLIB = "stdlib"
@@ -233,6 +234,31 @@ def plain_arguments(values: Any) -> dict[str, Any]:
     # TrainingArguments writes its own dictionary because it knows which of its fields are secrets.
     given = values.to_dict() if isinstance(values, TrainingArguments) else dict(vars(values))
     return {name: value if _is_plain(value) else str(value) for name, value in sorted(given.items())}
+
+
+def training_record(trainer: CacheTrainer, what: Any, seconds: dict[str, float], measured: int) -> RunRecord:
+    """Return the record of a training that was judged, without command and judgement.
+
+    Args:
+        trainer: After training.
+        what: What was trained, whose fields are arguments too.
+        seconds: Time by phase.
+        measured: Passes that only the judgement needed.
+    """
+    live, args = trainer.live_cache, trainer.args
+    manifests = [] if live is None else [live.first.manifest.to_dict(), live.cache.manifest.to_dict()]
+    phases = {f"train_{name}": spent for name, spent in trainer.step_log.total_seconds.items()}
+    history = [{key: value for key, value in entry.items() if _is_number(value)} for entry in trainer.state.log_history]
+    return RunRecord(
+        command="", seed=args.seed,
+        arguments={**plain_arguments(what), **plain_arguments(args), "scan_chosen": trainer.scan_said},
+        cost={**trainer.cost, "measurement_target_passes": measured}, timing={**seconds, **phases},
+        manifests=manifests, history=history,
+    )  # fmt: skip
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and value == value and abs(value) != float("inf")
 
 
 def _is_plain(value: Any) -> bool:

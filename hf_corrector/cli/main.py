@@ -14,6 +14,8 @@ COMMANDS = {
     "demo": "train on Python's standard library and show what correction recovers",
     "embed": "encode a corpus into a cache",
     "train": "train a dual encoder with hard negatives from a corrected cache",
+    "rag-train": "train a retriever and a language model that reads what it finds",
+    "rag-answer": "answer questions with a model that rag-train made",
     "plan": "forecast from a small probe what correction would recover",
     "evaluate": "compare stale, corrected and fresh targets of a cache",
     "upgrade": "correct, keep or re-embed an old index: compare and decide",
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="hf-corrector",
         description="Correct stale target embeddings instead of re-encoding them.",
-        epilog="commands:\n" + "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
+        epilog="commands:\n" + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
         + "\n\nhf-corrector COMMAND --help explains a command, with examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -64,6 +66,10 @@ def _run(command: str, arguments: list[str]) -> int:
             from hf_corrector.cli.embed import run
         case "train":
             from hf_corrector.cli.train import run
+        case "rag-train":
+            from hf_corrector.cli.rag_train import run
+        case "rag-answer":
+            from hf_corrector.cli.rag_answer import run
         case "plan":
             from hf_corrector.cli.plan import run
         case "evaluate":

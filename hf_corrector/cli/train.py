@@ -17,13 +17,12 @@ from hf_corrector.cli.common import (
     judged_split,
     load_data,
     new_output_folder,
-    plain_arguments,
     quieten,
+    training_record,
 )
 from hf_corrector.errors import ConfigurationError, DataError, HFCorrectorError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.staleness import StalenessReport
-from hf_corrector.records import RunRecord
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
@@ -112,29 +111,11 @@ def train_and_judge(
         old_model=what.load(),
         options=JudgeOptions(seed=args.seed, device=args.device, progress=not args.disable_tqdm),
     )
-    record = _record(trainer, what, report, {
+    record = training_record(trainer, what, {
         "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
         "judge": time.time() - judged, "total": time.time() - started,
     }, measured)  # fmt: skip
-    on_main("writing run.json", lambda: replace(record, command=command).save(out))
+    evaluation, fidelity = report.to_dict(), report.fidelity_dict()
+    whole = replace(record, command=command, evaluation=evaluation, fidelity=fidelity)
+    on_main("writing run.json", lambda: whole.save(out))
     return report
-
-
-def _record(
-    trainer: DualEncoderTrainer, what: WhatToTrain, report: StalenessReport, seconds: dict[str, float], measured: int
-) -> RunRecord:
-    live, args = trainer.live_cache, trainer.args
-    manifests = [] if live is None else [live.first.manifest.to_dict(), live.cache.manifest.to_dict()]
-    phases = {f"train_{name}": spent for name, spent in trainer.step_log.total_seconds.items()}
-    history = [{key: value for key, value in entry.items() if _is_number(value)} for entry in trainer.state.log_history]
-    arguments = {**plain_arguments(what), **plain_arguments(args), "scan_chosen": trainer.scan_said}
-    return RunRecord(
-        command="train", seed=args.seed, arguments=arguments,
-        evaluation=report.to_dict(), fidelity=report.fidelity_dict(),
-        cost={**trainer.cost, "measurement_target_passes": measured}, timing={**seconds, **phases},
-        manifests=manifests, history=history,
-    )  # fmt: skip
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and value == value and abs(value) != float("inf")

@@ -79,6 +79,23 @@ def cross_attention_names(reader: PreTrainedModel) -> frozenset[str]:
     return frozenset(name for name, _ in reader.named_parameters() if ".crossattention." in name)
 
 
+def raise_cross_attention_rate(optimizer: torch.optim.Optimizer, reader: PreTrainedModel, *, factor: float) -> None:
+    """Give weights that start from nothing a higher learning rate than the rest of the reader, in place.
+
+    Args:
+        optimizer: With the reader's weights in any of its groups, before a schedule has been made of it.
+        reader: See :func:`cross_attention_names`.
+        factor: How many times the learning rate of the group a weight is in.
+    """
+    names = cross_attention_names(reader)
+    new = {id(weight) for name, weight in reader.named_parameters() if name in names}
+    for group in list(optimizer.param_groups):
+        raised = [weight for weight in group["params"] if id(weight) in new]
+        if raised:
+            group["params"] = [weight for weight in group["params"] if id(weight) not in new]
+            optimizer.param_groups.append({**group, "params": raised, "lr": factor * group["lr"]})
+
+
 def _check_can_decode(name: str, config: PreTrainedConfig) -> None:
     """Refuse encoders without a decoder of the same weights that can attend to another model (ConfigurationError)."""
     found = cast(Any, AutoModelForCausalLM)._model_mapping.get(type(config), None)

@@ -55,7 +55,7 @@ class RunJudge:
             compute_dtype=compute_dtype_of(self.args),
         )  # fmt: skip
 
-    def encode_fresh(self) -> TargetVectors:
+    def encode_fresh(self) -> TensorVectors:
         """Encode all targets with the current weights into memory."""
         self.cost["final_target_passes"] += len(self.targets)
         rows, hidden = np.arange(len(self.targets)), self.args.disable_tqdm or not is_main()
@@ -66,7 +66,7 @@ class RunJudge:
 
     def search_quality(self, split: Dataset, live: LiveCache | None) -> dict[str, float]:
         """Search the targets as training sees them, all encoded where it needs no cache, and return mean metrics."""
-        view = self.encode_fresh() if live is None else live.corrected
+        view: TargetVectors = self.encode_fresh() if live is None else live.corrected
         queries = self.encode_queries(split)
 
         def search() -> dict[str, float]:

@@ -1,0 +1,187 @@
+"""``hf-corrector rag-train``: train a retriever and a reader on answers, and judge what correction recovers."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from transformers import HfArgumentParser
+
+from hf_corrector._distributed import exit_together, is_main, on_main
+from hf_corrector.answers import LANGUAGES
+from hf_corrector.cli.common import (
+    STDLIB,
+    EncoderChoice,
+    judged_split,
+    new_output_folder,
+    quieten,
+    training_record,
+)
+from hf_corrector.cli.questions import QUESTIONS_HELP, load_questions, load_reader, some_questions
+from hf_corrector.data.retrieval import RetrievalData
+from hf_corrector.errors import ConfigurationError, DataError, HFCorrectorError
+from hf_corrector.rag import RetrievalAugmentedModel
+from hf_corrector.rag.default_reader import raise_cross_attention_rate
+from hf_corrector.rag.evaluation import ReadingJudgement, judge_trained, reading_options
+from hf_corrector.rag.question_data import first_answers
+from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
+from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
+
+EXAMPLES = """\
+examples:
+  hf-corrector rag-train --max_steps 300 --output_dir out-rag
+  hf-corrector rag-train --data my_squad_folder --model intfloat/e5-base-v2 --reader HuggingFaceTB/SmolLM2-135M \\
+      --staleness corrector --num_passages 8 --generator_mini_batch_size 16 --bf16 --max_steps 1000 --output_dir out-rag
+"""
+# Of the default reader, whose cross-attention starts from nothing: found by training it on gold targets.
+DEFAULT_READER_RATE, CROSS_ATTENTION_FACTOR = 1e-4, 5.0
+# A name stands at the beginning of its source. One answer of SQuAD in 600 has more than 32 tokens, none has 64.
+STDLIB_LENGTHS = {"reader_max_length": 80, "answer_max_length": 32}
+OTHER_LENGTHS = {"answer_max_length": 64}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and the examples as they are written."""
+
+
+@dataclass
+class WhatToRead(EncoderChoice):
+    """Retriever, reader and data, for the command line; ``--model`` is the retriever's encoder."""
+
+    data: str = field(default=STDLIB, metadata={"help": QUESTIONS_HELP})
+    reader: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder or Hub id of a decoder or an encoder-decoder; by default an encoder-decoder that starts "
+            "from MiniLM and, if not told otherwise, learns at 1e-4, its cross-attention at five times that"
+        },
+    )
+    reader_layers: int | None = field(
+        default=None, metadata={"help": "of the default reader, keep only MiniLM's first so many layers"}
+    )
+    reader_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "tokens of question and passage for the reader; by default 80 for 'stdlib', where names stand at "
+            "the beginning, else what it can read, up to 512"
+        },
+    )
+    answer_max_length: int | None = field(
+        default=None,
+        metadata={"help": "tokens of an answer, which is never cut; by default 32 for 'stdlib', else 64"},
+    )
+    language: str = field(default="en", metadata={"help": "how answers are compared", "choices": LANGUAGES})
+    judged_questions: int = field(
+        default=200, metadata={"help": "judge on so many questions, drawn once for all; 0 for all of them"}
+    )
+
+    def compose(self) -> RetrievalAugmentedModel:
+        """Load retriever and reader and put them together.
+
+        Raises:
+            ConfigurationError: If settings do not fit them.
+        """
+        settings: dict[str, Any] = dict(STDLIB_LENGTHS if self.data == STDLIB else OTHER_LENGTHS)
+        given = {"reader_max_length": self.reader_max_length, "answer_max_length": self.answer_max_length}
+        settings.update({name: value for name, value in given.items() if value is not None})
+        reader, tokenizer = load_reader(self.reader, self.reader_layers)
+        return RetrievalAugmentedModel.from_parts(self.load(), reader, tokenizer, **settings)
+
+
+class _DefaultReaderTrainer(RetrievalAugmentedTrainer):
+    """Let the new weights of the default reader learn faster than those of MiniLM."""
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        raise_cross_attention_rate(optimizer, self.rag.generator, factor=CROSS_ATTENTION_FACTOR)
+        return optimizer
+
+
+def run(argv: list[str]) -> int:
+    """Run the command."""
+    flags = HfArgumentParser(
+        cast(Any, [WhatToRead, RetrievalAugmentedTrainingArguments]),
+        formatter_class=_HelpFormatter,
+        prog="hf-corrector rag-train",
+        description="Train a retriever and a language model that reads what it finds, on questions and answers alone, "
+        "with passages from a corrected cache; then judge on the test split. Every argument of transformers' "
+        "TrainingArguments is one here.",
+        epilog=EXAMPLES,
+    )
+    try:
+        what, args = flags.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        if isinstance(error, HFCorrectorError):
+            raise
+        raise ConfigurationError(
+            "rag-train", expected="arguments transformers accepts", got=str(error), cure="Change them as it says."
+        ) from error
+    if not any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in argv):
+        raise ConfigurationError("rag-train", expected="--output_dir OUT", got="none", cure="Say where the run goes.")
+    if what.judged_questions < 0 or args.num_passages < 1:
+        raise ConfigurationError(
+            "rag-train", expected="--judged_questions of 0 or more and --num_passages of at least 1",
+            got=f"{what.judged_questions} and {args.num_passages}",
+            cure="0 judged questions are all; a reader without passages is for RetrievalAugmentedTrainer.",
+        )  # fmt: skip
+    quieten()
+    judgement = train_and_judge(what, args)
+    if is_main():
+        print(f"{judgement.table()}\n\nwritten to {args.output_dir}")
+    exit_together(0)
+    return 0
+
+
+def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments) -> ReadingJudgement:
+    """Train, save, judge on the test split and write ``run.json``.
+
+    Raises:
+        HFCorrectorError: If arguments or data do not fit together; before any work is done.
+    """
+    started = time.time()
+    out = on_main("making the output folder", lambda: new_output_folder(str(args.output_dir)))
+    data = load_questions(what.data)
+    split = some_questions(judged_split(data), what.judged_questions)
+    trainer = _trainer(what, args, data, split)
+    trainer.hold_out(split)
+    prepared = time.time()
+    trainer.prepare()
+    measured = 0
+    if trainer.live_cache is None:
+        # The judgement compares with a cache even where training needs none: its cost is not training's.
+        trainer.build_cache()
+        measured, trainer.cost["initial_target_passes"] = trainer.cost["initial_target_passes"], 0
+    trained = time.time()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    judged = time.time()
+    judgement = judge_trained(trainer, split, options=reading_options(args, language=what.language))
+    record = training_record(trainer, what, {
+        "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
+        "judge": time.time() - judged, "total": time.time() - started,
+    }, measured)  # fmt: skip
+    whole = replace(record, command="rag-train", evaluation=judgement.to_dict())
+    on_main("writing run.json", lambda: whole.save(out))
+    return judgement
+
+
+def _trainer(
+    what: WhatToRead, args: RetrievalAugmentedTrainingArguments, data: RetrievalData, split: Dataset
+) -> RetrievalAugmentedTrainer:
+    if data.train is None:
+        raise DataError(
+            what.data, expected="a train split", got="none", cure="Add qrels/train.tsv, or name other data."
+        )
+    model = what.compose()
+    # The answers of training are checked by the trainer, those of the judgement would be when all the work is done.
+    model.reader.answers(first_answers(split))
+    kind: type[RetrievalAugmentedTrainer] = RetrievalAugmentedTrainer
+    if what.reader is None:
+        kind = _DefaultReaderTrainer
+        if args.generator_learning_rate is None:
+            args.generator_learning_rate = DEFAULT_READER_RATE
+    return kind(model, args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev)
