@@ -27,7 +27,7 @@ drawing     scans candidate_sampling
 judgement   evaluation
 training    training planning adaptation
 upgrade     index_upgrade
-leaves      cli
+leaves      cli integrations
 """
 LEVELS = {line.split()[0]: line.split()[1:] for line in ORDER.strip().splitlines()}
 UNITS = [unit for units in LEVELS.values() for unit in units]
