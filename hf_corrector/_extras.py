@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from pathlib import Path
 
 from hf_corrector.errors import ConfigurationError, MissingDependencyError
@@ -58,8 +57,10 @@ def need_sentence_transformers(what: str) -> None:
     Raises:
         MissingDependencyError: If it is not installed.
     """
-    if importlib.util.find_spec("sentence_transformers") is None:
+    try:
+        import sentence_transformers  # noqa: F401
+    except ImportError as error:
         raise MissingDependencyError(
             what, expected="the package sentence-transformers", got="none",
             cure="Run pip install 'hf-corrector[sentence-transformers]'.",
-        )  # fmt: skip
+        ) from error  # fmt: skip

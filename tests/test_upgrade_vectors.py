@@ -65,6 +65,7 @@ def test_neighbours_decide_where_there_are_no_queries(made: dict[str, np.ndarray
     assert means["fresh"] == 1.0 and means["stale"] < means["mean_shift"] < means["affine"] == means["corrected"] < 1.0
     assert report.corrector.config.kind == "affine" and report.corrector.config.normalize_output
     assert 0.9 < report.cosine.low < report.cosine.estimate < report.cosine.high < 1.0
+    assert report.stale_cosine is not None and report.stale_cosine.high < report.cosine.low
     assert report.record.cost["pair_target_passes"] == SAMPLE
     path = report.apply(tmp_path / "corrected.npy")
     corrected, left = np.load(path), np.setdiff1d(np.arange(TARGETS), made["rows"])
@@ -81,7 +82,7 @@ def test_judged_queries_give_the_usual_verdict(made: dict[str, np.ndarray]) -> N
     assert list(report.judgement.per_query) == ["old", "stale", "mean_shift", "affine", "corrected", "fresh"]
     assert report.go and "200 clean queries" in report.verdict and "judged query" not in report.verdict
     assert {check.rule for check in report.decision.checks} >= {"not worse than the old model"}
-    assert "old model kept" in report.table() and "200 clean queries, searched among" in report.table()
+    assert "old model kept" in report.table() and "200 clean queries,\nsearched among" in report.table()
 
 
 def test_queries_nothing_in_the_sample_answers_are_left_out(made: dict[str, np.ndarray]) -> None:

@@ -7,8 +7,10 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import torch
 
 from hf_corrector._files import parse_json
 from hf_corrector.cache.target_cache import TargetCache
@@ -115,6 +117,7 @@ def _apply_to_array(arguments: argparse.Namespace) -> int:
         vectors = cache = TargetCache.open(arguments.cache)
         corrector, fitted = corrector_of_cache(arguments.corrector, cache)
         side = side_of(cache, corrector, fitted)
+    cast(torch.nn.Module, corrector).to(arguments.device)
     options = ArrayOptions(arguments.cache_dtype or "float32", fresh, not arguments.quiet)
     path = write_corrected_array(corrector, vectors, arguments.output_dir, side=side, options=options)
     kept = 0 if fresh is None else len(fresh.rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_corrector._extras import need_sentence_transformers
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.exports.dense_layers import dense_layers
+from hf_corrector.exports.dense_layers import DenseLayer, dense_layers
 from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
@@ -75,21 +75,27 @@ def save_as_sentence_transformer(
     role: Role = "target" if document_model is None else "query"
     base = _route(base_model, role)
     _check_size(base, int(corrector.config.input_dim), what="the corrector reads")
-    modules = [*base.modules, *(dense(one.weight, one.bias, _ACTIVATIONS[one.activation]()) for one in layers)]
-    if layers and corrector.config.normalize_output:
-        modules.append(_normalize())
-    normalized = corrector.config.normalize_output
+    corrected = replace(base, modules=[*base.modules, *_modules_of(corrector, layers)])
     other = query_model if document_model is None else document_model
     if other is None:
-        return save_modules(modules, path, prompts=base.prompts, normalized=normalized)
+        return _save(corrected.modules, path, prompts=base.prompts, corrector=corrector)
     beside = _route(other, "query" if role == "target" else "target")
     _check_size(beside, int(corrector.config.output_dim or 0), what="the corrector makes")
-    by_role = {role: (modules, base.prompts), beside.role: (beside.modules, beside.prompts)}
-    prompts = {name: by_role[one][1].get(name, "") for name, one in _PROMPTS.items()}
-    return save_modules(routed(by_role["query"][0], by_role["target"][0]), path, prompts=prompts, normalized=normalized)
+    queries, documents = (beside, corrected) if role == "target" else (corrected, beside)
+    prompts = {"query": queries.prompts.get("query", ""), "document": documents.prompts.get("document", "")}
+    return _save(routed(queries.modules, documents.modules), path, prompts=prompts, corrector=corrector)
 
 
-_PROMPTS: dict[str, Role] = {"query": "query", "document": "target"}
+def _save(modules: list[nn.Module], path: str | Path, *, prompts: dict[str, str], corrector: CorrectorModel) -> Path:
+    return save_modules(modules, path, prompts=prompts, normalized=bool(corrector.config.normalize_output))
+
+
+def _modules_of(corrector: CorrectorModel, layers: list[DenseLayer]) -> list[nn.Module]:
+    """Return what stands behind the encoder; nothing for the identity, which does not normalise either."""
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    modules = [dense(one.weight, one.bias, _ACTIVATIONS[one.activation]()) for one in layers]
+    return [*modules, Normalize()] if layers and corrector.config.normalize_output else modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +173,3 @@ def _check_size(route: _Route, wanted: int, *, what: str) -> None:
             route.name, expected=f"vectors of size {wanted}, which {what}", got=f"size {found}",
             cure="Name the encoder the corrector was fitted with.",
         )  # fmt: skip
-
-
-def _normalize() -> nn.Module:
-    from sentence_transformers.sentence_transformer.modules import Normalize
-
-    return Normalize()

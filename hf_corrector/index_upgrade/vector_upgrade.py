@@ -51,6 +51,7 @@ class VectorUpgradeReport:
         fitted: What it was fitted to, kept beside it.
         judgement: Quality of every condition, with intervals.
         cosine: Mean cosine of corrected and new vectors of targets a fit had not seen.
+        stale_cosine: The same of old and new vectors; None where they differ in size.
         record: All of it as ``run.json``.
         reembed_first: Rows to embed anew first, worst first, ``(n,)``; empty unless that is the decision.
         inputs: What it started from.
@@ -64,6 +65,7 @@ class VectorUpgradeReport:
     fitted: FittedTargets
     judgement: Judgement
     cosine: Interval
+    stale_cosine: Interval | None
     record: RunRecord
     reembed_first: IntArray = field(repr=False)
     inputs: VectorInputs = field(repr=False)
@@ -112,7 +114,8 @@ class VectorUpgradeReport:
 
 _UNJUDGED = (
     "It rests on the neighbours of targets, each corrected by a fit that had not seen it, and on no judged query: "
-    "whether the new encoder answers better than the old one was not measured."
+    "whether the new encoder answers better than the old one was not measured, and queries that lie apart from targets "
+    "may lose more to a stale index than neighbours do. Judge some queries to be sure."
 )
 
 
@@ -207,9 +210,9 @@ class _Found:
     judgement: Judgement
     verdict: Verdict
 
-    def cosine(self) -> Interval:
-        """Return the mean cosine of held-out corrected vectors to the new ones, with an interval over targets."""
-        values = F.cosine_similarity(self.held_out.corrected, self.inputs.fresh, dim=1).double().numpy()
+    def cosine(self, vectors: torch.Tensor) -> Interval:
+        """Return the mean cosine of the sample's vectors to the new ones, with an interval over targets."""
+        values = F.cosine_similarity(vectors, self.inputs.fresh, dim=1).double().numpy()
         generator = np.random.default_rng([self.options.seed, 6])
         return paired_bootstrap({"cosine": values}, generator=generator, resamples=1000).mean("cosine")
 
@@ -223,7 +226,7 @@ class _Found:
             few = len(judged.relevant) < judged.given
             what = f"{len(judged.relevant):,} clean queries"
             what += f" of {judged.given:,} (nothing in the sample answers the others)" if few else ""
-        return f"{what}, searched {where};\nmeans with 95 % intervals"
+        return f"{what},\nsearched {where}; means with 95 % intervals"
 
     def rows(self) -> list[UpgradeRow]:
         """Make the rows of the table."""
@@ -246,7 +249,7 @@ class _Found:
             encoder_fingerprint=leads_to.to_dict(),
         )  # fmt: skip
 
-    def record(self, rows: list[UpgradeRow], cosine: Interval) -> RunRecord:
+    def record(self, rows: list[UpgradeRow], cosine: Interval, stale: Interval | None) -> RunRecord:
         """Make ``run.json``."""
         options, inputs = self.options, self.inputs
         arguments = {
@@ -257,7 +260,7 @@ class _Found:
         }  # fmt: skip
         more = {
             "losses_left_out": dict(self.choice.losses), "chosen": self.choice.fit.name,
-            "cosine_left_out": cosine.to_dict(),
+            "cosine_left_out": cosine.to_dict(), "cosine_stale": None if stale is None else stale.to_dict(),
         }  # fmt: skip
         old = inputs.old
         return RunRecord(
@@ -269,17 +272,19 @@ class _Found:
 
 
 def _report(found: _Found, predictor: ErrorPredictor, notes: list[str]) -> VectorUpgradeReport:
-    rows, cosine, inputs = found.rows(), found.cosine(), found.inputs
+    rows, inputs, cosine = found.rows(), found.inputs, found.cosine(found.held_out.corrected)
+    stale = found.cosine(inputs.stale) if inputs.same_size else None
     footer = [
         found.choice.sentence,
-        f"Cosine of corrected and new vectors of targets left out of the fit: {spread(cosine)}.",
+        f"Cosine of corrected and new vectors of targets left out of the fit: {spread(cosine)}"
+        + ("." if stale is None else f"; of old and new ones {spread(stale)}."),
         *notes,
     ]
     if not inputs.same_size:
         footer.append("Vectors differ in size, so new queries cannot search the old index as it is.")
     return VectorUpgradeReport(
         decision=found.verdict, rows=rows, corrector=found.choice.fit.model, fitted=found.fitted(),
-        judgement=found.judgement, cosine=cosine, record=found.record(rows, cosine),
+        judgement=found.judgement, cosine=cosine, stale_cosine=stale, record=found.record(rows, cosine, stale),
         reembed_first=_worst_first(inputs, predictor, found.verdict.reembed_share), inputs=inputs, head=found.head(),
         footer=tuple(footer),
     )  # fmt: skip

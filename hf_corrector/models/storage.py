@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -84,20 +85,14 @@ class StoredDualEncoder(PreTrainedModel):
         check_settings(settings)
         found = read_settings(name, revision)
         source = TowerSource(name, revision, "" if found is None else found.encoder_subfolder, num_hidden_layers)
-        target_source = source
-        if target_name is not None:
-            target_source = TowerSource(target_name, None, "", num_hidden_layers)
-        elif found is not None and found.target_subfolder is not None:
-            target_source = TowerSource(name, revision, found.target_subfolder, num_hidden_layers)
+        target_source = _target_source(source, target_name, found)
         separate = separate_towers or target_source is not source
         config, tokenizer = source.load_config(), source.load_tokenizer()
         target_config, target_tokenizer = target_source.load_config(), target_source.load_tokenizer()
-        lengths = {
-            "query_max_length": longest_input(config, tokenizer),
-            "target_max_length": longest_input(target_config, target_tokenizer),
-        }
+        longest = longest_input(config, tokenizer), longest_input(target_config, target_tokenizer)
         if found is None:
-            lengths = {role: min(length, _LONGEST_DEFAULT) for role, length in lengths.items()}
+            longest = min(longest[0], _LONGEST_DEFAULT), min(longest[1], _LONGEST_DEFAULT)
+        lengths = dict(zip(("query_max_length", "target_max_length"), longest, strict=True))
         merged = {**lengths, **({} if found is None else found.settings), **settings}
         full = DualEncoderConfig(encoder=config, target_encoder=target_config if separate else None, **merged)
         full.name_or_path = name
@@ -273,3 +268,14 @@ class StoredDualEncoder(PreTrainedModel):
             self.target_tokenizer.save_pretrained(folder / TARGET_TOKENIZER_FOLDER)
         if self.corrector is not None:
             self.corrector.save_pretrained(folder / CORRECTOR_FOLDER)
+
+
+def _target_source(
+    source: TowerSource, target_name: str | None, found: SentenceTransformerSettings | None
+) -> TowerSource:
+    """Return where the target tower comes from: another model, another route of the same, or as the query tower."""
+    if target_name is not None:
+        return TowerSource(target_name, None, "", source.num_hidden_layers)
+    if found is not None and found.target_subfolder is not None:
+        return replace(source, subfolder=found.target_subfolder)
+    return source
