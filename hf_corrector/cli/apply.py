@@ -44,16 +44,16 @@ EXAMPLES = """\
 def run(argv: list[str]) -> int:
     """Run the command."""
     arguments = _flags().parse_args(argv)
-    quieten()
+    progress = quieten(quiet=arguments.quiet)
     cache, started = TargetCache.open(arguments.cache), time.time()
     corrector, fitted = corrector_of_cache(arguments.corrector, cache)
     encoder, side = _encoder(arguments, cache, fitted), side_of(cache, corrector, fitted)
-    reembedded, encoded = _reembedded(arguments, cache)  # only now: the dear part
+    reembedded, encoded = _reembedded(arguments, cache, progress=progress)  # only now: the dear part
     corrected = write_corrected(
         corrector, cache, Path(arguments.output_dir), encoder=encoder, side=side,
         options=ApplyOptions(
             cache_dtype=arguments.cache_dtype, device=arguments.device, shard_rows=arguments.shard_rows,
-            reembedded=reembedded, progress=not arguments.quiet,
+            reembedded=reembedded, progress=progress,
         ),
     )  # fmt: skip
     if reembedded is not None:
@@ -72,7 +72,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _reembedded(arguments: argparse.Namespace, cache: TargetCache) -> tuple[TargetCache | None, int]:
+def _reembedded(
+    arguments: argparse.Namespace, cache: TargetCache, *, progress: bool
+) -> tuple[TargetCache | None, int]:  # fmt: skip
     """Encode the listed targets into a cache beside the new one; return it and the texts encoded by this call."""
     if arguments.reembed is None:
         return None, 0
@@ -82,11 +84,11 @@ def _reembedded(arguments: argparse.Namespace, cache: TargetCache) -> tuple[Targ
             cure="Name the new encoder as --model and the data of the cache as --data.",
         )  # fmt: skip
     rows = np.sort(cache.rows_of(_listed(Path(arguments.reembed))))
-    data = load_data(arguments.data)
+    data = load_data(arguments.data, progress=progress)
     check_same_targets(cache, data)
     out = Path(arguments.output_dir)
-    options = EncodeOptions(token_counts=False, progress=not arguments.quiet)
-    model = EncoderChoice.of(arguments).load(arguments.device)
+    options = EncodeOptions(token_counts=False, progress=progress)
+    model = EncoderChoice.of(arguments).load(arguments.device, progress=progress)
     built = build_cache(model, data.corpus.select(rows), out.with_name(f"{out.name}-reembedded"), options=options)
     return built.cache, built.encoded
 
