@@ -13,11 +13,12 @@ from hf_corrector.metrics import metric_name
 from hf_corrector.report.facts import LABELS, Condition, Run
 from hf_corrector.report.nodes import Level
 from hf_corrector.report.svg import INK, MARKERS, MUTED, ROLES, SERIES, WIDTH, inline, style
-from hf_corrector.report.words import number, percent, spread
+from hf_corrector.report.words import logged, percent, spread
 
 # Beyond so many slices a chart is no longer read; the table has all.
 SLICES_DRAWN = 20
-_LONGEST_LABEL = 26
+_LONGEST_LABEL, _LONGEST_LINE = 26, 44
+_APART = 1.7
 _JOINED = ("stale", "corrected", "fresh")
 _DRIFT_TITLES = {
     "cosine": "Cosine of cached targets to fresh ones",
@@ -41,7 +42,7 @@ class Chart:
 
 def quality_charts(runs: Sequence[Run]) -> list[Chart]:
     """Draw every condition's quality with its interval, one chart a run, all of a metric on one scale."""
-    charts = []
+    charts: list[Chart] = []
     for place, run in enumerate(runs):
         levels = [(one, one.metrics[run.metric]) for one in run.conditions if run.metric in one.metrics]
         if not levels:
@@ -63,7 +64,7 @@ def quality_charts(runs: Sequence[Run]) -> list[Chart]:
 
 def passes_charts(runs: Sequence[Run]) -> list[Chart]:
     """Draw quality over encoder passes, one chart a metric; the main indexes of a run are joined by a line."""
-    charts = []
+    charts: list[Chart] = []
     for metric in dict.fromkeys(run.metric for run in runs):
         drawn = [(run, _with_passes(run)) for run in runs if run.metric == metric]
         drawn = [(run, found) for run, found in drawn if found]
@@ -115,8 +116,11 @@ def _scale_passes(axes: Axes, passes: Sequence[int]) -> None:
     smallest, largest = min((one for one in passes if one), default=1), max(*passes, 1)
     axes.set_xscale("symlog", linthresh=smallest, linscale=0.4)
     axes.set_xlim(-0.15 * smallest, 1.6 * largest)
-    ticks = [tick for tick in (0, *(10**power for power in range(10))) if tick == 0 or smallest <= tick <= largest]
-    ticks = ticks if len(ticks) > 2 else sorted({0, smallest, largest})
+    ticks = [0]
+    for one in sorted(set(passes)):
+        # What would be written over its neighbour is left out.
+        if one > _APART * ticks[-1]:
+            ticks.append(one)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("encoder passes over targets")
@@ -150,21 +154,21 @@ def recovery_chart(runs: Sequence[Run]) -> Chart | None:
     if not curves and not points:
         return None
     with style():
-        figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.3 + 0.19 * (len(curves) + len(points))), layout="constrained")
         axes = figure.add_subplot()
         for place, (label, curve) in enumerate(curves.items()):
             colour, pairs = SERIES[place % len(SERIES)], [count for count, _ in curve]
             axes.plot(
                 pairs, [level.estimate for _, level in curve], color=colour, marker=MARKERS[place % len(MARKERS)],
-                label=_cut(label),
+                label=_cut(label, _LONGEST_LINE),
             )  # fmt: skip
-            ends = [_ends(level) for _, level in curve]
-            axes.fill_between(pairs, *map(list, zip(*ends, strict=True)), color=colour, alpha=0.15, linewidth=0)
+            lows, highs = zip(*(_ends(level) for _, level in curve), strict=True)
+            axes.fill_between(pairs, lows, highs, color=colour, alpha=0.15, linewidth=0)
         for place, (label, count, level) in enumerate(points, start=len(curves)):
             low, high = _errors(level)
             axes.errorbar(
                 [count], [level.estimate], yerr=[[low], [high]], color=SERIES[place % len(SERIES)],
-                marker=MARKERS[place % len(MARKERS)], linestyle="none", label=_cut(label),
+                marker=MARKERS[place % len(MARKERS)], linestyle="none", label=_cut(label, _LONGEST_LINE),
             )  # fmt: skip
         counts = [count for curve in curves.values() for count, _ in curve] + [count for _, count, _ in points]
         axes.set_xscale("log")
@@ -189,28 +193,29 @@ def drift_charts(runs: Sequence[Run]) -> list[Chart]:
         "cosine": ("cosine_stale_fresh", "cosine_corrected_fresh"), "sampling_tv": ("sampling_tv",),
         "residual_uniform": ("residual_uniform",), "loss": ("loss",),
     }  # fmt: skip
-    charts = []
+    charts: list[Chart] = []
     for quantity, names in quantities.items():
         lines = [(run, name) for run in runs for name in names if run.drift.get(name)]
         if not lines:
             continue
         title = _DRIFT_TITLES[quantity]
-        logged = [run.label for run in runs if run.drift]
+        logging = [run.label for run in runs if run.drift]
         with style():
-            figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+            entries = len(lines) if quantity == "cosine" or len(logging) > 1 else 0
+            figure = Figure(figsize=(WIDTH, 2.2 + 0.19 * entries), layout="constrained")
             axes = figure.add_subplot()
             for run, name in lines:
-                stale, place = name == "cosine_stale_fresh", logged.index(run.label)
+                stale, place = name == "cosine_stale_fresh", logging.index(run.label)
                 kind = ("stale" if stale else "corrected") if quantity == "cosine" else quantity
                 role = ROLES.get(kind, ROLES["corrected"])
                 axes.plot(
                     [step for step, _ in run.drift[name]], [value for _, value in run.drift[name]],
-                    color=SERIES[place % len(SERIES)] if len(logged) > 1 else role, linestyle="--" if stale else "-",
-                    marker="." if len(run.drift[name]) < 30 else "", label=_line_label(run, kind, quantity, logged),
+                    color=SERIES[place % len(SERIES)] if len(logging) > 1 else role, linestyle="--" if stale else "-",
+                    marker="." if len(run.drift[name]) < 30 else "", label=_line_label(run, kind, quantity, logging),
                 )  # fmt: skip
             axes.set_xlabel("training step")
             axes.grid(True, axis="y")
-            if quantity == "cosine" or len(logged) > 1:
+            if entries:
                 _legend(figure)
             said = "; ".join(_line_words(run, name) for run, name in lines)
             charts.append(Chart(title, inline(figure, name=f"drift-{quantity}", title=title, description=said)))
@@ -219,7 +224,7 @@ def drift_charts(runs: Sequence[Run]) -> list[Chart]:
 
 def slice_charts(runs: Sequence[Run]) -> list[Chart]:
     """Draw what correction changes in every slice, one chart a run, the worst on top."""
-    charts = []
+    charts: list[Chart] = []
     for place, run in enumerate(runs):
         rows = run.slices[:SLICES_DRAWN]
         if not rows:
@@ -271,22 +276,22 @@ def _span(levels: Sequence[Level]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _line_label(run: Run, kind: str, quantity: str, logged: Sequence[str]) -> str:
+def _line_label(run: Run, kind: str, quantity: str, logging: Sequence[str]) -> str:
     if quantity != "cosine":
-        return _cut(run.label)
-    return kind if len(logged) < 2 else f"{_cut(run.label)}, {kind}"
+        return _cut(run.label, _LONGEST_LINE)
+    return kind if len(logging) < 2 else f"{_cut(run.label)}, {kind}"
 
 
 def _line_words(run: Run, name: str) -> str:
     (first, before), (last, after) = run.drift[name][0], run.drift[name][-1]
-    return f"{run.label}, {name}: {number(before)} at step {first:g}, {number(after)} at step {last:g}"
+    return f"{run.label}, {name}: {logged(before)} at step {first:g}, {logged(after)} at step {last:g}"
 
 
 def _legend(figure: Figure) -> None:
     figure.legend(loc="outside upper left", ncols=1)
 
 
-def _cut(label: str) -> str:
+def _cut(label: str, longest: int = _LONGEST_LABEL) -> str:
     """Shorten; matplotlib would leave a label out that begins with an underscore."""
     label = f" {label}" if label.startswith("_") else label
-    return label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…"
+    return label if len(label) <= longest else f"{label[: longest - 1]}…"

@@ -21,7 +21,7 @@ from hf_corrector.report.charts import (
 )
 from hf_corrector.report.facts import LABELS, Condition, Run
 from hf_corrector.report.reading import DRIFT, read_runs
-from hf_corrector.report.words import number, percent, spread
+from hf_corrector.report.words import logged, number, percent, spread
 from hf_corrector.version import __version__
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -110,10 +110,14 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Raises:
         InputError: If a record is missing, unknown or damaged.
     """
-    page = render(read_runs(folders))
+    content = render(read_runs(folders)).encode("utf-8")
     first = Path(folders[0])
     path = (first if first.is_dir() else first.parent) / "report.html" if output is None else Path(output)
-    atomic_write(path, lambda temporary: temporary.write_bytes(page.encode("utf-8")) and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    atomic_write(path, write)
     return path
 
 
@@ -198,7 +202,7 @@ def _drift(runs: Sequence[Run]) -> Section:
         every = -(-len(steps) // _STEPS_SHOWN)
         shown = [step for place, step in enumerate(steps) if place % every == 0 or step == steps[-1]]
         rows = tuple(
-            Row(f"{step:g}", tuple(number(values[n][step]) if step in values.get(n, {}) else None for n in DRIFT))
+            Row(f"{step:g}", tuple(logged(values[n][step]) if step in values.get(n, {}) else None for n in DRIFT))
             for step in shown
         )  # fmt: skip
         groups.append(Group(run.label if every == 1 else f"{run.label}, every {every}th logged step", rows))

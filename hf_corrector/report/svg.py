@@ -11,7 +11,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 # Colours that stand for variables of the style sheet: what is drawn in one is given the variable instead.
@@ -28,7 +27,8 @@ FONT_SIZE, WIDTH = 9.0, 320 / 72
 
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
-_STYLE: dict[str, Any] = {
+# Of no type of ours: matplotlib spells out every key from 3.11 on, and took strings before.
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: searchable, read aloud, in the page's own font
     "svg.hashsalt": "hf_corrector",  # the same record gives the same page
     "text.parse_math": False,  # names may hold dollar signs
@@ -59,7 +59,8 @@ def inline(figure: Figure, *, name: str, title: str, description: str) -> str:
         description: What is to be seen in it, in words.
     """
     content = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    unsaid: Any = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(content, format="svg", metadata=unsaid)
     root = ElementTree.fromstring(content.getvalue())
     for element in root.iter():
         element.tag = element.tag.partition("}")[2] or element.tag

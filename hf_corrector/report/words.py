@@ -6,10 +6,13 @@ from hf_corrector.report.nodes import Level
 
 
 def number(value: float) -> str:
-    """Write with three digits after the point, large and tiny ones with three that count; no minus before zero."""
-    if value and not 0.001 <= abs(value) < 10_000:
-        return f"{value:.3g}"
+    """Write with three digits after the point, and no minus before zero."""
     return f"{round(value, 3) + 0.0:.3f}"
+
+
+def logged(value: float) -> str:
+    """Write a number of any size: very large and very small ones with three digits that count."""
+    return number(value) if not value or 0.001 <= abs(value) < 10_000 else f"{value:.3g}"
 
 
 def spread(level: Level) -> str:
@@ -20,7 +23,11 @@ def spread(level: Level) -> str:
 
 
 def percent(level: Level) -> str:
-    """Write a ratio in per cent."""
+    """Write a ratio in per cent, with its interval if it has one."""
     if level.low is None or level.high is None:
-        return f"{100 * level.estimate:.0f} %"
-    return f"{100 * level.estimate:.0f} % [{100 * level.low:.0f}, {100 * level.high:.0f}]"
+        return f"{_hundredths(level.estimate)} %"
+    return f"{_hundredths(level.estimate)} % [{_hundredths(level.low)}, {_hundredths(level.high)}]"
+
+
+def _hundredths(ratio: float) -> str:
+    return f"{round(100 * ratio) + 0:,}"
