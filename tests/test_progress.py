@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from hf_corrector._progress import working
 from hf_corrector.cli.main import COMMANDS, main
@@ -86,6 +87,8 @@ COUNTED = ("embed", "train", "upgrade", "plan", "evaluate", "apply", "verify")
 
 def drawn(arguments: list[str], monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
     stream = Stream(terminal=terminal)
+    # As in a new process: commands set it to errors, by which transformers' arguments decide on bars of their own.
+    logging.set_verbosity_warning()
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", stream)
         assert main(arguments) in (0, 3, 4), stream.getvalue()

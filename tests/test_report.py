@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_helpers import assert_asks_for_nothing, parsed
 from upgrade_helpers import cache_of, make_data, new_encoder, old_encoder
 
 from hf_corrector.cli.main import main
@@ -35,48 +36,6 @@ HOSTILE = [
     "$\\frac{1$",
     "{{ 7 * 7 }}", "a" * 5000, "\x00\x1b[31m\ud800", "日本語 עברית", "_hidden", "&lt;b&gt;", "url(http://x.example/a)",
 ]  # fmt: skip
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-@dataclass
-class Parsed(HTMLParser):
-    """A page as a browser reads it: elements with their attributes and the text in them."""
-
-    elements: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-    texts: list[tuple[str, str]] = field(default_factory=list)
-    unclosed: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self.unclosed.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.unclosed.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append((self.unclosed[-1] if self.unclosed else "", data))
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    @property
-    def text(self) -> str:
-        return "".join(text for _, text in self.texts)
-
-
-def parsed(page: str) -> Parsed:
-    reader = Parsed()
-    reader.feed(page)
-    reader.close()
-    assert reader.unclosed == []
-    return reader
 
 
 @pytest.fixture(scope="module")
@@ -119,43 +78,6 @@ def runs(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.fixture(scope="module")
 def page(runs: dict[str, Path]) -> str:
     return render(read_runs(list(runs.values())))
-
-
-def references(page: str) -> Iterator[str]:
-    """Yield whatever a browser might fetch or follow."""
-    reader = parsed(page)
-    for _, attributes in reader.elements:
-        for name, value in attributes.items():
-            if name in (
-                "src",
-                "srcset",
-                "href",
-                "xlink:href",
-                "action",
-                "formaction",
-                "poster",
-                "data",
-                "background",
-                "ping",
-            ):
-                yield value
-            yield from (found.strip("'\" ") for found in re.findall(r"url\(([^)]*)\)", value))
-    for tag, text in reader.texts:
-        if tag == "style":
-            yield from (found.strip("'\" ") for found in re.findall(r"url\(([^)]*)\)", text))
-            yield from re.findall(r"@import[^;]*", text)
-
-
-def assert_asks_for_nothing(page: str) -> None:
-    reader, ids = parsed(page), [one["id"] for _, one in parsed(page).elements if "id" in one]
-    for reference in references(page):
-        assert reference.startswith("data:,") or reference.removeprefix("#") in ids, reference
-    forbidden = {"script", "iframe", "object", "embed", "img", "form", "base", "audio", "video", "source", "input"}
-    assert not forbidden & {name for name, _ in reader.elements}
-    assert not [name for _, one in reader.elements for name in one if name.startswith("on")]
-    refresh = [one for one in reader.all("meta") if one.get("http-equiv", "").lower() == "refresh"]
-    assert refresh == []
-    assert len(set(ids)) == len(ids)
 
 
 def test_the_page_asks_nothing_of_the_network(page: str) -> None:
@@ -349,6 +271,15 @@ def test_runs_stand_side_by_side_and_differences_are_set_off(runs: dict[str, Pat
     assert [point.pairs for point in measured] == [100, 200] and not any(point.forecast for point in measured)
 
 
+def test_a_long_run_gives_a_small_page(tmp_path: Path) -> None:
+    history = [{"step": step, "loss": 1 / step, "cosine_stale_fresh": 0.5} for step in range(1, 20_001)]
+    RunRecord(command="train", seed=0, arguments={}, history=history).save(tmp_path / "long")
+    page = render(read_runs([tmp_path / "long"]))
+    assert len(page) < 200_000
+    steps = [text for tag, text in parsed(page).texts if tag == "th" and text.isdecimal()]
+    assert steps[0] == "1" and steps[-1] == "20000" and len(steps) < 70
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     for name in ("a", "b"):
         RunRecord(command="embed", seed=0, arguments={}).save(tmp_path / name / "out")
@@ -379,6 +310,22 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(
     assert main(["report", str(tmp_path)]) == 1
     shown = capsys.readouterr().err
     assert "expected the folder of a run" in shown and "Name the --output_dir" in shown
+
+
+def test_what_the_page_on_reports_says_is_run(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, run in (("upgraded", "up100"), ("upgraded-500", "up100"), ("upgraded-2000", "up200")):
+        RunRecord.load(runs[run]).save(tmp_path / name)
+    said = (Path(__file__).parents[1] / "examples" / "report.md").read_text(encoding="utf-8")
+    commands, code = (re.findall(rf"```{language}\n(.*?)```", said, flags=re.DOTALL) for language in ("bash", "python"))
+    for line in commands[0].splitlines():
+        assert main(shlex.split(line)[1:]) == 0
+    assert (tmp_path / "upgraded" / "report.html").is_file()
+    by_command = (tmp_path / "report.html").read_bytes()
+    exec(compile(code[0], "report.md", "exec"), {})
+    assert (tmp_path / "report.html").read_bytes() == by_command
 
 
 @pytest.mark.parametrize("name", ["matplotlib", "jinja2"])

@@ -17,6 +17,7 @@ from hf_corrector.report.words import logged, percent, spread
 
 # Beyond so many slices a chart is no longer read; the table has all.
 SLICES_DRAWN = 20
+POINTS_DRAWN = 400
 _LONGEST_LABEL, _LONGEST_LINE = 26, 44
 _APART = 1.7
 _JOINED = ("stale", "corrected", "fresh")
@@ -156,6 +157,7 @@ def recovery_chart(runs: Sequence[Run]) -> Chart | None:
     with style():
         figure = Figure(figsize=(WIDTH, 2.3 + 0.19 * (len(curves) + len(points))), layout="constrained")
         axes = figure.add_subplot()
+        shade = 0.15 if len(curves) < 3 else 0.06
         for place, (label, curve) in enumerate(curves.items()):
             colour, pairs = SERIES[place % len(SERIES)], [count for count, _ in curve]
             axes.plot(
@@ -163,7 +165,7 @@ def recovery_chart(runs: Sequence[Run]) -> Chart | None:
                 label=_cut(label, _LONGEST_LINE),
             )  # fmt: skip
             lows, highs = zip(*(_ends(level) for _, level in curve), strict=True)
-            axes.fill_between(pairs, lows, highs, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(pairs, lows, highs, color=colour, alpha=shade, linewidth=0)
         for place, (label, count, level) in enumerate(points, start=len(curves)):
             low, high = _errors(level)
             axes.errorbar(
@@ -207,11 +209,11 @@ def drift_charts(runs: Sequence[Run]) -> list[Chart]:
             for run, name in lines:
                 stale, place = name == "cosine_stale_fresh", logging.index(run.label)
                 kind = ("stale" if stale else "corrected") if quantity == "cosine" else quantity
-                role = ROLES.get(kind, ROLES["corrected"])
+                role, points = ROLES.get(kind, ROLES["corrected"]), _thinned(run.drift[name])
                 axes.plot(
-                    [step for step, _ in run.drift[name]], [value for _, value in run.drift[name]],
+                    [step for step, _ in points], [value for _, value in points],
                     color=SERIES[place % len(SERIES)] if len(logging) > 1 else role, linestyle="--" if stale else "-",
-                    marker="." if len(run.drift[name]) < 30 else "", label=_line_label(run, kind, quantity, logging),
+                    marker="." if len(points) < 30 else "", label=_line_label(run, kind, quantity, logging),
                 )  # fmt: skip
             axes.set_xlabel("training step")
             axes.grid(True, axis="y")
@@ -276,6 +278,12 @@ def _span(levels: Sequence[Level]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
+def _thinned(line: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """Return every so many points of a line and its last one, as more could not be told apart."""
+    every = -(-len(line) // POINTS_DRAWN)
+    return line if every < 2 else [*line[:-1:every], line[-1]]
+
+
 def _line_label(run: Run, kind: str, quantity: str, logging: Sequence[str]) -> str:
     if quantity != "cosine":
         return _cut(run.label, _LONGEST_LINE)
@@ -284,7 +292,7 @@ def _line_label(run: Run, kind: str, quantity: str, logging: Sequence[str]) -> s
 
 def _line_words(run: Run, name: str) -> str:
     (first, before), (last, after) = run.drift[name][0], run.drift[name][-1]
-    return f"{run.label}, {name}: {logged(before)} at step {first:g}, {logged(after)} at step {last:g}"
+    return f"{run.label}, {name}: {logged(before)} at step {first:.10g}, {logged(after)} at step {last:.10g}"
 
 
 def _legend(figure: Figure) -> None:

@@ -202,7 +202,7 @@ def _drift(runs: Sequence[Run]) -> Section:
         every = -(-len(steps) // _STEPS_SHOWN)
         shown = [step for place, step in enumerate(steps) if place % every == 0 or step == steps[-1]]
         rows = tuple(
-            Row(f"{step:g}", tuple(logged(values[n][step]) if step in values.get(n, {}) else None for n in DRIFT))
+            Row(f"{step:.10g}", tuple(logged(values[n][step]) if step in values.get(n, {}) else None for n in DRIFT))
             for step in shown
         )  # fmt: skip
         groups.append(Group(run.label if every == 1 else f"{run.label}, every {every}th logged step", rows))
@@ -286,7 +286,8 @@ def _side_by_side(caption: str, runs: Sequence[Run], table: str) -> Table:
         values = tuple(run.facts[table].get(name) or None for run in runs)
         rows.append(Row(name, values, len(set(values)) > 1))
     head = ("", *(run.label for run in runs))
-    return Table(caption, head, (Group("", tuple(rows)),), words=table not in ("cost", "timing"))
+    group = Group("" if rows else "missing from these records", tuple(rows))
+    return Table(caption, head, (group,), words=table not in ("cost", "timing"))
 
 
 def _level(condition: Condition | None, metric: str) -> str | None:
