@@ -47,7 +47,7 @@ def run(argv: list[str]) -> int:
     progress = quieten(quiet=arguments.quiet)
     cache, started = TargetCache.open(arguments.cache), time.time()
     corrector, fitted = corrector_of_cache(arguments.corrector, cache)
-    encoder, side = _encoder(arguments, cache, fitted), side_of(cache, corrector, fitted)
+    encoder, side = _encoder(arguments, cache, fitted, progress=progress), side_of(cache, corrector, fitted)
     reembedded, encoded = _reembedded(arguments, cache, progress=progress)  # only now: the dear part
     corrected = write_corrected(
         corrector, cache, Path(arguments.output_dir), encoder=encoder, side=side,
@@ -132,10 +132,12 @@ def _flags() -> argparse.ArgumentParser:
     return flags
 
 
-def _encoder(arguments: argparse.Namespace, cache: TargetCache, fitted: FittedTargets | None) -> EncoderFingerprint:
+def _encoder(
+    arguments: argparse.Namespace, cache: TargetCache, fitted: FittedTargets | None, *, progress: bool
+) -> EncoderFingerprint:  # fmt: skip
     """Return the encoder the corrector leads to: from its note, or from the model that is named."""
     if arguments.model is not None:
-        model = EncoderChoice.of(arguments).load()
+        model = EncoderChoice.of(arguments).load(progress=progress)
         load_corrector(arguments.corrector, cache, model)
         return model.fingerprint("target")
     if fitted is None or fitted.encoder_fingerprint is None:

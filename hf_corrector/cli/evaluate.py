@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_corrector._progress import working
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import (
     DTYPES,
@@ -63,7 +64,8 @@ def run(argv: list[str]) -> int:
             "if it was fitted on some, its numbers are too good"
         )
     side = None if corrector is None else side_of(cache, corrector, fitted)
-    old = None if arguments.old_model is None else load_old_model(arguments, model, cache)
+    with working("load the old encoder", shown=progress):
+        old = None if arguments.old_model is None else load_old_model(arguments, model, cache)
     options = EncodeOptions(compute_dtype=arguments.compute_dtype, progress=progress)
     fresh = build_cache(model, data.corpus, out / "fresh", options=options)
     relevant = positives_as_rows(split, data.corpus)
@@ -79,10 +81,8 @@ def run(argv: list[str]) -> int:
         options=JudgeOptions(seed=arguments.seed, device=arguments.device, progress=progress),
     )  # fmt: skip
     examples: dict[str, Any] = {}
-    if not arguments.no_examples:
-        examples = judged_examples(
-            report.judgement, relevant, split=split, corpus=data.corpus, seed=arguments.seed
-        )  # fmt: skip
+    if corrector is not None and not arguments.no_examples:
+        examples = judged_examples(report.judgement, relevant, split=split, corpus=data.corpus, seed=arguments.seed)
     queries = len(split) * (1 if old is None else 2)
     RunRecord(
         command="evaluate", seed=arguments.seed, arguments=plain_arguments(arguments), evaluation=report.to_dict(),

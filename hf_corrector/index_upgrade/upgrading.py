@@ -81,9 +81,8 @@ def upgrade(  # noqa: PLR0913 - the questions a user answers, each with a defaul
         DataError: If there are no queries to judge on, or too few targets to fit on.
     """
     options = UpgradeOptions() if options is None else options
-    wanted = Wanted(num_pairs, kind, side, pairs, direction)
+    wanted, clock = Wanted(num_pairs, kind, side, pairs, direction), Clock()
     check_pair_count(num_pairs)
-    clock = Clock()
     with working("load and check the inputs", shown=options.encoding.progress):
         inputs = load_inputs(old_cache, new_model, data, old_model=old_model, options=options)
     clock.lap("load")
