@@ -137,6 +137,7 @@ def test_headings_tables_and_charts_can_be_read_aloud(page: str) -> None:
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
     assert all(one.get("scope") in ("row", "col", "rowgroup") for one in reader.all("th"))
+    assert all(text.strip() for tag, text in reader.texts if tag == "th")
     assert len(reader.all("caption")) == len(reader.all("table")) > 8
     ids = {one["id"] for _, one in reader.elements if "id" in one}
     charts = reader.all("svg")

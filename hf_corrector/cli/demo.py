@@ -49,4 +49,5 @@ def run(argv: list[str]) -> int:
         f"  hf-corrector search --cache {arguments.output_dir}/cache --model {arguments.output_dir} "
         f"--corrector {arguments.output_dir}/corrector --data stdlib --query 'remove a directory tree'"
     )
+    print(f"  hf-corrector report {arguments.output_dir}")
     return 0

@@ -246,7 +246,7 @@ def _slices(runs: Sequence[Run]) -> Section:
         )  # fmt: skip
         groups.append(Group(f"{run.label}, {metric_name(run.metric)}", rows))
     table = Table(
-        "Slices, worst first", ("slice", "queries", *LABELS.values(), "change by correction", ""), tuple(groups)
+        "Slices, worst first", ("slice", "queries", *LABELS.values(), "change by correction", "note"), tuple(groups)
     )
     missing = "" if sliced else "no record has slices; upgrade --slice_by FIELD writes them."
     return Section("slices", "Slices", " ".join(worst), missing, tuple(slice_charts(runs)), (table,) if sliced else ())
@@ -285,7 +285,7 @@ def _side_by_side(caption: str, runs: Sequence[Run], table: str) -> Table:
     for name in names:
         values = tuple(run.facts[table].get(name) or None for run in runs)
         rows.append(Row(name, values, len(set(values)) > 1))
-    head = ("", *(run.label for run in runs))
+    head = ("name", *(run.label for run in runs))
     group = Group("" if rows else "missing from these records", tuple(rows))
     return Table(caption, head, (group,), words=table not in ("cost", "timing"))
 
