@@ -166,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[VectorUpgradeReport, Judgem
     with tempfile.TemporaryDirectory() as folder:
         report, judgement = run(arguments, Path(folder))
     print(
-        f"What vectors of {len(report.inputs.rows):,} items encoded anew tell:\n\n{report.table()}\n\n{report.verdict}\n"
+        f"What vectors of {len(report.inputs.rows):,} items encoded anew tell:\n\n{report.table()}\n\n"
+        f"{report.verdict}\n"
     )
     print(f"What all {arguments.items:,} items tell, encoded anew for this check only:\n\n{judgement.table()}\n")
     recovery = judgement.recovery["corrected"]["recall@20"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from pathlib import Path
 
 from hf_corrector.errors import ConfigurationError, MissingDependencyError
@@ -64,3 +65,17 @@ def need_sentence_transformers(what: str) -> None:
             what, expected="the package sentence-transformers", got="none",
             cure="Run pip install 'hf-corrector[sentence-transformers]'.",
         ) from error  # fmt: skip
+
+
+def check_report_libraries() -> None:
+    """Refuse to go on without the libraries that reports are drawn and laid out with.
+
+    Raises:
+        MissingDependencyError: If one is not installed.
+    """
+    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            "reports", expected="the packages jinja2 and matplotlib", got=f"no {' and no '.join(missing)}",
+            cure="Run pip install 'hf-corrector[report]'.",
+        )  # fmt: skip

@@ -32,6 +32,7 @@ Relevant: TypeAlias = Sequence[Mapping[int, float]]
 
 DEFAULT_METRICS = ("mrr@10", "recall@10", "recall@100", "ndcg@10", "success@10")
 METRIC_NAMES = ("success", "recall", "mrr", "ndcg")
+_WRITTEN = {"mrr": "MRR", "ndcg": "nDCG"}
 PERCENTILES = (2.5, 97.5)
 RESAMPLES = 5_000
 
@@ -106,6 +107,12 @@ def parse_metric(metric: str) -> tuple[str, int]:
             got=repr(metric), cure="Write it as 'ndcg@10'.",
         )  # fmt: skip
     return name, int(cut)
+
+
+def metric_name(metric: str) -> str:
+    """Write ``"mrr@10"`` as ``"MRR@10"``; other names stay as they are."""
+    name, at, cut = metric.partition("@")
+    return f"{_WRITTEN.get(name, name)}{at}{cut}"
 
 
 @dataclass(frozen=True, eq=False)

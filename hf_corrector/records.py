@@ -203,7 +203,9 @@ class RunRecord:
         manifests: Manifests of the caches involved.
         history: Logged training steps.
         rows: What was compared, one object per method: metrics, recovery, passes, seconds.
-        verdict: What follows from it: decision, sentence, thresholds.
+        verdict: What follows from it: the sentence, and where a decision was asked for that and its thresholds.
+        examples: A few judged queries with their results, see :mod:`hf_corrector.evaluation.examples`; these are the
+            only texts of queries and targets in a record.
         created: Unix time of the record.
         machine: Processor.
     """
@@ -220,6 +222,7 @@ class RunRecord:
     history: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     verdict: dict[str, Any] = field(default_factory=dict)
+    examples: dict[str, Any] = field(default_factory=dict)
     created: float = field(default_factory=time.time)
     machine: str = field(default_factory=describe_machine)
 

@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 # A module imports only units before its own, or modules of its own folder. Units of one line are islands, or parts of
 # one level: the modules of an island never import another island, all other units of a line may import those before.
 ORDER = """
-ground      version errors _files _distributed _extras records numpy_corrector
+ground      version errors _files _distributed _extras _progress records numpy_corrector
 pure        batching metrics answers sampling losses learning_curves side_features fitting pair_choice drift_detection
 islands     models cache index data
 bridges     shared_writing encoding corrected_targets overlaid_targets corrected_cache corrected_arrays exports
@@ -28,6 +28,7 @@ judgement   evaluation
 training    training planning adaptation
 upgrade     index_upgrade
 reading     rag
+side        report
 leaves      cli integrations
 """
 LEVELS = {line.split()[0]: line.split()[1:] for line in ORDER.strip().splitlines()}
@@ -80,6 +81,14 @@ def test_module_imports_only_what_stands_before_it(path: Path) -> None:
     allowed = allowed_units(unit_of(path))
     wrong = [f"line {line}: {name}" for line, name in own_imports(path) if name.split(".")[0] not in allowed]
     assert wrong == []
+
+
+def test_reports_know_records_alone() -> None:
+    allowed = {"errors", "version", "_files", "_extras", "records", "metrics", "report"}
+    found = {name.split(".")[0] for path in modules() if unit_of(path) == "report" for _, name in own_imports(path)}
+    assert found <= allowed
+    readers = {unit_of(path) for path in modules() for _, name in own_imports(path) if name.split(".")[0] == "report"}
+    assert readers == {"report", "cli"}
 
 
 def test_nobody_imports_the_leaves_or_the_package_itself() -> None:

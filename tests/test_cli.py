@@ -70,6 +70,8 @@ def test_train_writes_a_whole_record(trained: Path) -> None:
     assert cost["initial_target_passes"] == 60 and cost["final_target_passes"] == 60
     assert cost["refresh_target_passes"] == 0 and cost["train_target_passes"] > 0 and cost["query_passes"] > 0
     assert record["seed"] == 3 and record["arguments"]["max_steps"] == 12
+    assert record["verdict"]["sentence"] and record["evaluation"]["primary"] == "mrr@10"
+    assert [one["chosen"] for one in record["examples"]["shown"]][:3] == ["drawn at random"] * 3
     assert record["versions"]["transformers"] and record["timing"]["train"] > 0
     assert (trained / "corrector" / "model.safetensors").is_file()
 
@@ -111,10 +113,11 @@ def test_evaluate_repeats_what_training_found(
     arguments = [
         "evaluate", "--cache", str(trained / "cache"), "--model", str(trained), "--corrector",
         str(trained / "corrector"), "--old_model", tiny_encoder, "--data", str(folder), "--output_dir", str(out),
-        "--quiet", "--seed", "3",
+        "--quiet", "--seed", "3", "--no_examples",
     ]  # fmt: skip
     assert main(arguments) == 0
     again, first = (json.loads((one / "run.json").read_text()) for one in (out, trained))
+    assert again["examples"] == {} and again["verdict"]["sentence"]
     assert again["evaluation"]["clean_queries"] == first["evaluation"]["clean_queries"]
     for condition in ("stale", "corrected", "fresh", "old"):
         assert again["evaluation"]["all_queries"][condition] == pytest.approx(

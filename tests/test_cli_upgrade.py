@@ -78,6 +78,13 @@ def test_go_is_status_0_and_everything_is_written(
     record = json.loads((out / "run.json").read_text())
     assert record["command"] == "upgrade" and record["verdict"]["decision"] == "go"
     assert record["verdict"]["sentence"] in shown
+    texts = set((place / "data" / "queries.jsonl").read_text().splitlines())
+    for one in record["examples"]["shown"]:
+        assert any(json.loads(line)["text"] == one["query"] for line in texts)
+        assert one["results"].keys() == {"old", "stale", "corrected", "fresh"}
+        found = one["results"]["fresh"]
+        first = next((rank for rank, result in enumerate(found, start=1) if result["relevant"]), None)
+        assert first is None or one["values"]["fresh"] == pytest.approx(1 / first)
     assert {row["method"] for row in record["rows"]} >= {"old", "stale", "affine", "corrected", "fresh", "rerank"}
     assert record["verdict"]["worst_slice"]["slice"].startswith(("site=", "date="))
     pairs = json.loads((out / "pairs.json").read_text())

@@ -60,9 +60,9 @@ EXAMPLES = """\
 def run(argv: list[str]) -> int:
     """Run the command."""
     arguments = _flags().parse_args(argv)
-    quieten()
+    progress = quieten(quiet=arguments.quiet)
     if ARRAY_SUFFIX in (Path(arguments.cache).suffix, Path(arguments.output_dir).suffix):
-        return _apply_to_array(arguments)
+        return _apply_to_array(arguments, progress=progress)
     if arguments.fresh is not None:
         raise ConfigurationError(
             "--fresh", expected="an .npy file as --output_dir", got=arguments.output_dir,
@@ -70,13 +70,13 @@ def run(argv: list[str]) -> int:
         )  # fmt: skip
     cache, started = TargetCache.open(arguments.cache), time.time()
     corrector, fitted = corrector_of_cache(arguments.corrector, cache)
-    encoder, side = _encoder(arguments, cache, fitted), side_of(cache, corrector, fitted)
-    reembedded, encoded = _reembedded(arguments, cache)  # only now: the dear part
+    encoder, side = _encoder(arguments, cache, fitted, progress=progress), side_of(cache, corrector, fitted)
+    reembedded, encoded = _reembedded(arguments, cache, progress=progress)  # only now: the dear part
     corrected = write_corrected(
         corrector, cache, Path(arguments.output_dir), encoder=encoder, side=side,
         options=ApplyOptions(
             cache_dtype=arguments.cache_dtype, device=arguments.device, shard_rows=arguments.shard_rows,
-            reembedded=reembedded, progress=not arguments.quiet,
+            reembedded=reembedded, progress=progress,
         ),
     )  # fmt: skip
     if reembedded is not None:
@@ -95,7 +95,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _apply_to_array(arguments: argparse.Namespace) -> int:
+def _apply_to_array(arguments: argparse.Namespace, *, progress: bool) -> int:
     """Write corrected vectors into an ``.npy`` file, from one or from a cache."""
     if arguments.reembed is not None or Path(arguments.output_dir).suffix != ARRAY_SUFFIX:
         raise ConfigurationError(
@@ -118,7 +118,7 @@ def _apply_to_array(arguments: argparse.Namespace) -> int:
         corrector, fitted = corrector_of_cache(arguments.corrector, cache)
         side = side_of(cache, corrector, fitted)
     cast(torch.nn.Module, corrector).to(arguments.device)
-    options = ArrayOptions(arguments.cache_dtype or "float32", fresh, not arguments.quiet)
+    options = ArrayOptions(arguments.cache_dtype or "float32", fresh, progress)
     path = write_corrected_array(corrector, vectors, arguments.output_dir, side=side, options=options)
     kept = 0 if fresh is None else len(fresh.rows)
     seconds = time.time() - started
@@ -140,7 +140,9 @@ def _corrector_of_vectors(arguments: argparse.Namespace) -> CorrectorModel:
     return corrector
 
 
-def _reembedded(arguments: argparse.Namespace, cache: TargetCache) -> tuple[TargetCache | None, int]:
+def _reembedded(
+    arguments: argparse.Namespace, cache: TargetCache, *, progress: bool
+) -> tuple[TargetCache | None, int]:  # fmt: skip
     """Encode the listed targets into a cache beside the new one; return it and the texts encoded by this call."""
     if arguments.reembed is None:
         return None, 0
@@ -150,11 +152,11 @@ def _reembedded(arguments: argparse.Namespace, cache: TargetCache) -> tuple[Targ
             cure="Name the new encoder as --model and the data of the cache as --data.",
         )  # fmt: skip
     rows = np.sort(cache.rows_of(_listed(Path(arguments.reembed))))
-    data = load_data(arguments.data)
+    data = load_data(arguments.data, progress=progress)
     check_same_targets(cache, data)
     out = Path(arguments.output_dir)
-    options = EncodeOptions(token_counts=False, progress=not arguments.quiet)
-    model = EncoderChoice.of(arguments).load(arguments.device)
+    options = EncodeOptions(token_counts=False, progress=progress)
+    model = EncoderChoice.of(arguments).load(arguments.device, progress=progress)
     built = build_cache(model, data.corpus.select(rows), out.with_name(f"{out.name}-reembedded"), options=options)
     return built.cache, built.encoded
 
@@ -203,10 +205,12 @@ def _flags() -> argparse.ArgumentParser:
     return flags
 
 
-def _encoder(arguments: argparse.Namespace, cache: TargetCache, fitted: FittedTargets | None) -> EncoderFingerprint:
+def _encoder(
+    arguments: argparse.Namespace, cache: TargetCache, fitted: FittedTargets | None, *, progress: bool
+) -> EncoderFingerprint:  # fmt: skip
     """Return the encoder the corrector leads to: from its note, or from the model that is named."""
     if arguments.model is not None:
-        model = EncoderChoice.of(arguments).load()
+        model = EncoderChoice.of(arguments).load(progress=progress)
         load_corrector(arguments.corrector, cache, model)
         return model.fingerprint("target")
     if fitted is None or fitted.encoder_fingerprint is None:

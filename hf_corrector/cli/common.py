@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_corrector._extras import demo_encoder
+from hf_corrector._progress import working
 from hf_corrector.cache.side_store import open_side, side_details
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.corrected_cache import side_kind
 from hf_corrector.data.datasets import load_retrieval_data
 from hf_corrector.data.retrieval import RetrievalData, texts_hash
 from hf_corrector.data.stdlib import standard_library_data
+from hf_corrector.encoding import EncodeOptions
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError, InputError
 from hf_corrector.models.configuration_dual_encoder import POOLINGS, DualEncoderConfig
 from hf_corrector.models.modeling_corrector import CorrectorModel
@@ -31,6 +36,7 @@ from hf_corrector.training.checks import check_made_by
 
 STDLIB = "stdlib"
 DATA_HELP = "BEIR folder or Hub data set; by default 'stdlib', made from Python's own standard library"
+NO_EXAMPLES_HELP = "write no texts of queries and targets into run.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -64,12 +70,16 @@ class EncoderChoice:
     query_prompt: str | None = field(default=None, metadata={"help": "text put before every query"})
     target_prompt: str | None = field(default=None, metadata={"help": "text put before every target"})
 
-    def load(self, device: str | None = None) -> DualEncoderModel:
+    def load(self, device: str | None = None, *, progress: bool = False) -> DualEncoderModel:
         """Load a saved dual encoder as it is, or make one from any encoder.
 
         Raises:
             ConfigurationError: If settings are given for a saved dual encoder, which has its own.
         """
+        with working("load the encoder", shown=progress):
+            return self._load(device)
+
+    def _load(self, device: str | None) -> DualEncoderModel:
         name = str(demo_encoder()) if self.model is None else self.model
         settings: dict[str, Any] = {
             "pooling": self.pooling, "query_prompt": self.query_prompt, "target_prompt": self.target_prompt,
@@ -101,6 +111,11 @@ def on_device(model: DualEncoderModel, device: str) -> DualEncoderModel:
     """Move a model and return it."""
     cast(torch.nn.Module, model).to(device)
     return model
+
+
+def encode_queries(model: DualEncoderModel, queries: list[str], options: EncodeOptions) -> torch.Tensor:
+    """Encode queries, ``(n, dim)`` float32."""
+    return model.encode_query(queries, compute_dtype=options.compute_dtype, show_progress_bar=options.progress)
 
 
 def add_device_argument(target: argparse.ArgumentParser) -> None:
@@ -188,11 +203,12 @@ def add_data_argument(target: argparse.ArgumentParser) -> None:
     target.add_argument("--data", metavar="DIR", default=STDLIB, help=DATA_HELP)
 
 
-def load_data(name: str) -> RetrievalData:
+def load_data(name: str, *, progress: bool = False) -> RetrievalData:
     """Load the data an argument names; what loading found odd goes to the terminal."""
     if name == STDLIB:
         print("reading Python's standard library ...", flush=True)
-    data = standard_library_data() if name == STDLIB else load_retrieval_data(name)
+    with working("read the data", shown=progress):
+        data = standard_library_data() if name == STDLIB else load_retrieval_data(name)
     for note in data.notes:
         print(f"note: {note}")
     return data
@@ -267,10 +283,18 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | str)
 
 
-def quieten() -> None:
-    """Leave transformers' reports to its own users; errors still show."""
+def quieten(*, quiet: bool) -> bool:
+    """Leave transformers' reports to its own users, errors still show; say whether to show progress.
+
+    Progress is drawn on a terminal only: in a file its bars would be thousands of lines.
+    """
+    progress = not quiet and sys.stderr.isatty()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if not progress:
+        datasets.disable_progress_bars()
+        disable_progress_bars()
+    return progress
 
 
 def load_old_model(arguments: argparse.Namespace, model: DualEncoderModel, cache: TargetCache) -> DualEncoderModel:

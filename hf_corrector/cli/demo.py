@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_corrector.cli.common import parser, quieten
+from hf_corrector.cli.common import parser
 from hf_corrector.cli.train import WhatToTrain, train_and_judge
 from hf_corrector.scans import fast_in_bfloat16
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
@@ -31,13 +31,17 @@ def run(argv: list[str]) -> int:
     flags.add_argument("--seed", type=int, default=42, help="seed of all random choices")
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     arguments = flags.parse_args(argv)
-    quieten()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args = DualEncoderTrainingArguments(
         arguments.output_dir, max_steps=arguments.max_steps, learning_rate=1e-4, warmup_steps=0.1, seed=arguments.seed,
-        logging_steps=20, save_strategy="no", report_to=[], disable_tqdm=arguments.quiet, bf16=fast_in_bfloat16(device),
+        logging_steps=20, save_strategy="no", report_to=[], bf16=fast_in_bfloat16(device),
     )  # fmt: skip
-    what = WhatToTrain(model=arguments.model, num_layers=arguments.num_layers, max_length=arguments.max_length)
+    what = WhatToTrain(
+        model=arguments.model,
+        num_layers=arguments.num_layers,
+        max_length=arguments.max_length,
+        quiet=arguments.quiet,
+    )
     report = train_and_judge(what, args, command="demo")
     print(f"\n{report.table()}\n\n{report.judgement.sentence()}")
     print(f"\nModel, corrector, cache and run.json are in {arguments.output_dir}. Try:")
@@ -45,4 +49,5 @@ def run(argv: list[str]) -> int:
         f"  hf-corrector search --cache {arguments.output_dir}/cache --model {arguments.output_dir} "
         f"--corrector {arguments.output_dir}/corrector --data stdlib --query 'remove a directory tree'"
     )
+    print(f"  hf-corrector report {arguments.output_dir}")
     return 0

@@ -38,14 +38,15 @@ EXAMPLES = """\
 def run(argv: list[str]) -> int:
     """Run the command."""
     arguments = _flags().parse_args(argv)
-    quieten()
     join_processes()
+    progress = quieten(quiet=arguments.quiet) and is_main()
     options = EncodeOptions(
         cache_dtype=arguments.cache_dtype, compute_dtype=arguments.compute_dtype,
-        token_budget=arguments.token_budget, shard_rows=arguments.shard_rows, progress=not arguments.quiet,
+        token_budget=arguments.token_budget, shard_rows=arguments.shard_rows, progress=progress,
     )  # fmt: skip
     side = None if arguments.side is None else _read_matrix(Path(arguments.side))
-    data, model = load_data(arguments.data), EncoderChoice.of(arguments).load(arguments.device)
+    data = load_data(arguments.data, progress=progress)
+    model = EncoderChoice.of(arguments).load(arguments.device, progress=progress)
     if side is not None and len(side) != len(data.corpus):
         raise DataError(
             arguments.side, expected=f"a row for each of {len(data.corpus)} targets", got=f"{len(side)} rows",

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset
 
+from hf_corrector._progress import working
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import (
     DTYPES,
+    NO_EXAMPLES_HELP,
     EncoderChoice,
     add_data_argument,
     add_device_argument,
     add_model_arguments,
     check_same_targets,
+    encode_queries,
     judged_split,
     load_corrector,
     load_data,
@@ -32,8 +34,8 @@ from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.retrieval import column, positives_as_rows
 from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.evaluation.evaluator import JudgeOptions
+from hf_corrector.evaluation.examples import judged_examples
 from hf_corrector.evaluation.staleness import Conditions, measure_staleness
-from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.records import COSTS, FittedTargets, RunRecord
 
 EXAMPLES = """\
@@ -46,11 +48,11 @@ EXAMPLES = """\
 def run(argv: list[str]) -> int:
     """Run the command."""
     arguments = _flags().parse_args(argv)
-    quieten()
+    progress = quieten(quiet=arguments.quiet)
     out, started = new_output_folder(arguments.output_dir), time.time()
-    data, cache = load_data(arguments.data), TargetCache.open(arguments.cache)
+    data, cache = load_data(arguments.data, progress=progress), TargetCache.open(arguments.cache)
     check_same_targets(cache, data)
-    model, split = EncoderChoice.of(arguments).load(arguments.device), judged_split(data)
+    model, split = EncoderChoice.of(arguments).load(arguments.device, progress=progress), judged_split(data)
     corrector, fitted = load_corrector(arguments.corrector, cache, model)
     if corrector is None and cache.fingerprint.corrected_from is not None:
         check_comparable(cache, model.fingerprint("target"))
@@ -62,20 +64,25 @@ def run(argv: list[str]) -> int:
             "if it was fitted on some, its numbers are too good"
         )
     side = None if corrector is None else side_of(cache, corrector, fitted)
-    old = None if arguments.old_model is None else load_old_model(arguments, model, cache)
-    options = EncodeOptions(compute_dtype=arguments.compute_dtype, progress=not arguments.quiet)
+    with working("load the old encoder", shown=progress):
+        old = None if arguments.old_model is None else load_old_model(arguments, model, cache)
+    options = EncodeOptions(compute_dtype=arguments.compute_dtype, progress=progress)
     fresh = build_cache(model, data.corpus, out / "fresh", options=options)
+    relevant = positives_as_rows(split, data.corpus)
     report = measure_staleness(
         Conditions(
-            queries=_encode(model, split, arguments), stale=cache,
+            queries=encode_queries(model, column(split, "query"), options), stale=cache,
             corrected=None if corrector is None else CorrectedTargets(cache, corrector, side=side),
             fresh=fresh.cache,
-            old_queries=None if old is None else _encode(old, split, arguments), old=cache,
+            old_queries=None if old is None else encode_queries(old, column(split, "query"), options), old=cache,
         ),
-        positives_as_rows(split, data.corpus),
+        relevant,
         fitted_rows=np.asarray([] if fitted is None else fitted.rows, dtype=np.int64), scale=model.config.scale,
-        options=JudgeOptions(seed=arguments.seed, device=arguments.device, progress=not arguments.quiet),
+        options=JudgeOptions(seed=arguments.seed, device=arguments.device, progress=progress),
     )  # fmt: skip
+    examples: dict[str, Any] = {}
+    if corrector is not None and not arguments.no_examples:
+        examples = judged_examples(report.judgement, relevant, split=split, corpus=data.corpus, seed=arguments.seed)
     queries = len(split) * (1 if old is None else 2)
     RunRecord(
         command="evaluate", seed=arguments.seed, arguments=plain_arguments(arguments), evaluation=report.to_dict(),
@@ -83,6 +90,7 @@ def run(argv: list[str]) -> int:
         cost={**dict.fromkeys(COSTS, 0), "final_target_passes": fresh.encoded, "query_passes": queries},
         timing={"total": time.time() - started},
         manifests=[cache.manifest.to_dict(), fresh.cache.manifest.to_dict()],
+        verdict={"sentence": report.judgement.sentence()}, examples=examples,
     ).save(out)  # fmt: skip
     print(f"{report.table()}\n\n{report.judgement.sentence()}")
     return 0
@@ -98,12 +106,9 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--output_dir", required=True, metavar="OUT", help="folder for run.json and the fresh cache")
     flags.add_argument("--compute_dtype", choices=DTYPES, default="float32", help="arithmetic of the encoder")
     flags.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    flags.add_argument("--no_examples", action="store_true", help=NO_EXAMPLES_HELP)
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     add_data_argument(flags)
     add_model_arguments(flags)
     add_device_argument(flags)
     return flags
-
-
-def _encode(model: DualEncoderModel, split: Dataset, arguments: argparse.Namespace) -> torch.Tensor:
-    return model.encode_query(column(split, "query"), compute_dtype=arguments.compute_dtype)

@@ -21,6 +21,7 @@ COMMANDS = {
     "upgrade": "correct, keep or re-embed an old index: compare and decide",
     "search": "search a cache, corrected or as it is",
     "verify": "check every byte of a cache",
+    "report": "render the records of runs into one HTML page",
     "apply": "write the corrected vectors of a cache into another one",
 }
 
@@ -78,6 +79,8 @@ def _run(command: str, arguments: list[str]) -> int:
             from hf_corrector.cli.upgrade import run
         case "search":
             from hf_corrector.cli.search import run
+        case "report":
+            from hf_corrector.cli.report import run
         case "apply":
             from hf_corrector.cli.apply import run
         case _:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hf_corrector._files import atomic_write
+from hf_corrector._progress import working
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import (
     DTYPES,
@@ -21,6 +22,7 @@ from hf_corrector.cli.common import (
     add_device_argument,
     add_model_arguments,
     check_same_targets,
+    encode_queries,
     load_data,
     load_old_model,
     new_output_folder,
@@ -29,6 +31,7 @@ from hf_corrector.cli.common import (
     quieten,
 )
 from hf_corrector.data.retrieval import RetrievalData, column, positives_as_rows
+from hf_corrector.encoding import EncodeOptions
 from hf_corrector.errors import ConfigurationError, DataError, InputError
 from hf_corrector.evaluation.evaluator import clean_queries
 from hf_corrector.index_upgrade.corpus_sides import CorpusSide
@@ -87,20 +90,22 @@ def run(argv: list[str]) -> int:
     """Run the command."""
     arguments = _flags().parse_args(argv)
     _check(arguments)
-    quieten()
+    progress = quieten(quiet=arguments.quiet)
     out, started = new_output_folder(arguments.output_dir), time.time()
-    data, cache = load_data(arguments.data), TargetCache.open(arguments.cache)
+    data, cache = load_data(arguments.data, progress=progress), TargetCache.open(arguments.cache)
     check_same_targets(cache, data)
-    model = EncoderChoice.of(arguments).load(arguments.device)
+    model = EncoderChoice.of(arguments).load(arguments.device, progress=progress)
     records = [RunRecord.load(Path(folder)) for folder in arguments.records]
     traffic = None if arguments.traffic is None else read_traffic(Path(arguments.traffic), cache)
     split = data.test if data.test is not None else data.dev if data.dev is not None else data.train
-    queries = model.encode_query(column(split, "query")[:MOST_QUERIES], compute_dtype=arguments.compute_dtype)
-    probed = _probe(arguments, data, cache, model, queries)
-    settings = ProbeSettings(seed=arguments.seed)
+    encoding = EncodeOptions(compute_dtype=arguments.compute_dtype, progress=progress)
+    queries = encode_queries(model, column(split, "query")[:MOST_QUERIES], encoding)
+    probed = _probe(arguments, data, cache, model, (queries, encoding))
+    settings = ProbeSettings(seed=arguments.seed, progress=progress)
     curves = probe_learning_curves(probed.probe, families=probed.families, settings=settings)
     best = min(curves, key=lambda name: float(curves[name].score_ratios[:, -1].mean()))
-    quality, old_passes = _quality(arguments, data, cache, model, (probed, best, queries))
+    with working("judge and rehearse", shown=progress):
+        quality, old_passes = _quality(arguments, data, cache, model, (probed, best, queries))
     goal = _goal(arguments, targets=len(cache), measured=probed.seconds_per_pass)
     answer = plan(curves, probe=len(probed.rows), goal=goal, quality=quality,
                   seed=arguments.seed)  # fmt: skip
@@ -108,7 +113,8 @@ def run(argv: list[str]) -> int:
     if records:
         said.append(_words_on_holding(records, arguments.min_cosine, answer, curves[answer.family]))
     if arguments.worst_first:
-        said.append(_write_worst_first(out, cache, probed, best, traffic))
+        with working("put targets in order", shown=progress):
+            said.append(_write_worst_first(out, cache, probed, best, traffic))
     RunRecord(
         command="plan", seed=arguments.seed, arguments=plain_arguments(arguments),
         evaluation={"plan": answer.to_dict(), "sentence": answer.sentence()},
@@ -141,6 +147,7 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--traffic", metavar="FILE", help="weigh that order: an id a line, after a tab how often asked")
     flags.add_argument("--compute_dtype", choices=DTYPES, default="float32", help="arithmetic of the encoders")
     flags.add_argument("--seed", type=int, default=0, help="seed of the probe and of draws")
+    flags.add_argument("--quiet", action="store_true", help="no progress bars")
     add_data_argument(flags)
     add_model_arguments(flags)
     add_device_argument(flags)
@@ -171,14 +178,15 @@ def _goal(arguments: argparse.Namespace, *, targets: int, measured: float | None
 
 def _probe(
     arguments: argparse.Namespace, data: RetrievalData, cache: TargetCache, model: DualEncoderModel,
-    queries: torch.Tensor,
+    encoded: tuple[torch.Tensor, EncodeOptions],
 ) -> Probed:  # fmt: skip
     """Draw targets, re-encode them and time it."""
+    queries, encoding = encoded
     generator = torch.Generator().manual_seed(arguments.seed)
     rows = torch.randperm(len(cache), generator=generator)[: arguments.probe].sort().values
     started = time.perf_counter()
     texts = column(data.corpus.select(rows.tolist()), "text")
-    fresh = model.encode_target(texts, compute_dtype=arguments.compute_dtype)
+    fresh = model.encode_target(texts, compute_dtype=encoding.compute_dtype, show_progress_bar=encoding.progress)
     seconds = (time.perf_counter() - started) / max(len(rows), 1)
     side = None if arguments.side == "none" else CorpusSide(data.corpus, model, arguments.side)
     features = None if side is None else side.gather(rows)

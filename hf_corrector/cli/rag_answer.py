@@ -43,11 +43,11 @@ def run(argv: list[str]) -> int:
             "--model", expected="a run of rag-train", got=f"one of {given.command!r}",
             cure="Name the --output_dir of a rag-train run.",
         )  # fmt: skip
-    quieten()
+    progress = quieten(quiet=arguments.quiet)
     data = load_questions(str(given.arguments["data"]) if arguments.data is None else arguments.data)
     model = RetrievalAugmentedModel.from_pretrained(arguments.model)
     model.to(arguments.device)
-    view = _fresh(model, data) if arguments.encode else _corrected(model, data, arguments, given)
+    view = _fresh(model, data, progress=progress) if arguments.encode else _corrected(model, data, arguments, given)
     texts = column(data.corpus, "text")
     k = arguments.num_passages or max(1, int(given.arguments["num_passages"]))
     find = NearestPassages(view, model.reader.passages(texts), k=k, device=arguments.device)
@@ -74,6 +74,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     flags.add_argument("--cache", metavar="CACHE", help="cache to search; by default the run's newest")
     flags.add_argument("--encode", action="store_true", help="encode all targets now instead of reading a cache")
     flags.add_argument("--data", metavar="DIR", help=f"by default that of the run; {QUESTIONS_HELP.split(';')[0]}")
+    flags.add_argument("--quiet", action="store_true", help="no progress bars")
     add_device_argument(flags)
     arguments = flags.parse_args(argv)
     numbers = (arguments.top_k, arguments.num_beams, 1 if arguments.num_passages is None else arguments.num_passages)
@@ -89,8 +90,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _fresh(model: RetrievalAugmentedModel, data: RetrievalData) -> RowVectors:
-    return TensorVectors(model.retriever.encode_target(column(data.corpus, "text"), show_progress_bar=True))
+def _fresh(model: RetrievalAugmentedModel, data: RetrievalData, *, progress: bool) -> RowVectors:
+    return TensorVectors(model.retriever.encode_target(column(data.corpus, "text"), show_progress_bar=progress))
 
 
 def _corrected(

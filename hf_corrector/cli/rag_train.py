@@ -78,6 +78,7 @@ class WhatToRead(EncoderChoice):
     judged_questions: int = field(
         default=200, metadata={"help": "judge on so many questions, drawn once for all; 0 for all of them"}
     )
+    quiet: bool = field(default=False, metadata={"help": "no progress bars"})
 
     def compose(self) -> RetrievalAugmentedModel:
         """Load retriever and reader and put them together.
@@ -128,7 +129,6 @@ def run(argv: list[str]) -> int:
             got=f"{what.judged_questions} and {args.num_passages}",
             cure="0 judged questions are all; a reader without passages is for RetrievalAugmentedTrainer.",
         )  # fmt: skip
-    quieten()
     judgement = train_and_judge(what, args)
     if is_main():
         print(f"{judgement.table()}\n\nwritten to {args.output_dir}")
@@ -142,7 +142,8 @@ def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments)
     Raises:
         HFCorrectorError: If arguments or data do not fit together; before any work is done.
     """
-    started = time.time()
+    started, progress = time.time(), quieten(quiet=what.quiet or bool(args.disable_tqdm)) and is_main()
+    args.disable_tqdm = not progress
     out = on_main("making the output folder", lambda: new_output_folder(str(args.output_dir)))
     data = load_questions(what.data)
     split = some_questions(judged_split(data), what.judged_questions)

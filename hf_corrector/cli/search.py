@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from hf_corrector._progress import working
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.common import (
     DATA_HELP,
@@ -40,6 +41,7 @@ def run(argv: list[str]) -> int:
     flags.add_argument("--query", required=True, action="append", metavar="TEXT", help="may be given several times")
     flags.add_argument("--top_k", type=int, default=5, help="targets per query")
     flags.add_argument("--data", metavar="DIR", help=f"show texts from here: {DATA_HELP.split(';')[0]}, or 'stdlib'")
+    flags.add_argument("--quiet", action="store_true", help="no signs of progress")
     _add_backend_arguments(flags)
     add_model_arguments(flags)
     add_device_argument(flags)
@@ -49,16 +51,17 @@ def run(argv: list[str]) -> int:
             "search", expected="--top_k of at least 1 and queries with words in them",
             got=f"{arguments.top_k} and {arguments.query}", cure="Say what to search for, and how many to show.",
         )  # fmt: skip
-    quieten()
+    progress = quieten(quiet=arguments.quiet)
     cache = TargetCache.open(arguments.cache)
-    texts = None if arguments.data is None else _texts(arguments.data, cache)
-    model = EncoderChoice.of(arguments).load(arguments.device)
+    texts = None if arguments.data is None else _texts(arguments.data, cache, progress=progress)
+    model = EncoderChoice.of(arguments).load(arguments.device, progress=progress)
     corrector, fitted = load_corrector(arguments.corrector, cache, model, directions=DIRECTIONS)
     if corrector is None:
         _check_own(cache, model)
         corrector = CorrectorModel(CorrectorConfig(kind="identity", input_dim=cache.dim))
     retriever = _retriever(arguments, cache, corrector, fitted)
-    found = retriever.search(model.encode_query(arguments.query), min(arguments.top_k, len(cache)))
+    with working(f"search {len(cache):,} targets", shown=progress):
+        found = retriever.search(model.encode_query(arguments.query), min(arguments.top_k, len(cache)))
     for query, rows, scores in zip(arguments.query, found.rows.tolist(), found.scores.tolist(), strict=True):
         print(f"\n{query}")
         for place, (row, score) in enumerate(zip(rows, scores, strict=True), start=1):
@@ -114,8 +117,8 @@ def _check_own(cache: TargetCache, model: DualEncoderModel) -> None:
         ) from error  # fmt: skip
 
 
-def _texts(name: str, cache: TargetCache) -> list[str]:
-    corpus = load_data(name).corpus
+def _texts(name: str, cache: TargetCache, *, progress: bool) -> list[str]:
+    corpus = load_data(name, progress=progress).corpus
     if texts_hash(corpus) != cache.texts_hash:
         raise CacheMismatchError(
             str(cache.path), expected="a cache of the targets in --data", got="other ids or texts",

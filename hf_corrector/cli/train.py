@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 from hf_corrector._distributed import exit_together, is_main, on_main
 from hf_corrector.cli.common import (
     DATA_HELP,
+    NO_EXAMPLES_HELP,
     STDLIB,
     EncoderChoice,
     judged_split,
@@ -20,8 +21,10 @@ from hf_corrector.cli.common import (
     quieten,
     training_record,
 )
+from hf_corrector.data.retrieval import RetrievalData, positives_as_rows
 from hf_corrector.errors import ConfigurationError, DataError, HFCorrectorError
 from hf_corrector.evaluation.evaluator import JudgeOptions
+from hf_corrector.evaluation.examples import judged_examples
 from hf_corrector.evaluation.staleness import StalenessReport
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
@@ -43,6 +46,8 @@ class WhatToTrain(EncoderChoice):
     """Encoder and data, for the command line."""
 
     data: str = field(default=STDLIB, metadata={"help": DATA_HELP})
+    quiet: bool = field(default=False, metadata={"help": "no progress bars"})
+    no_examples: bool = field(default=False, metadata={"help": NO_EXAMPLES_HELP})
 
 
 def run(argv: list[str]) -> int:
@@ -65,7 +70,6 @@ def run(argv: list[str]) -> int:
         ) from error
     if not any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in argv):
         raise ConfigurationError("train", expected="--output_dir OUT", got="none", cure="Say where the run goes.")
-    quieten()
     report = train_and_judge(what, args)
     if is_main():
         print(f"{report.table()}\n\n{report.judgement.sentence()}\n\nwritten to {args.output_dir}")
@@ -81,16 +85,17 @@ def train_and_judge(
     Raises:
         HFCorrectorError: If arguments or data do not fit together; before any work is done.
     """
-    started = time.time()
+    started, progress = time.time(), quieten(quiet=what.quiet or bool(args.disable_tqdm)) and is_main()
+    args.disable_tqdm = not progress
     out = on_main("making the output folder", lambda: new_output_folder(str(args.output_dir)))
-    data = load_data(what.data)
+    data = load_data(what.data, progress=progress)
     split = judged_split(data)
     if data.train is None:
         raise DataError(
             what.data, expected="a train split", got="none", cure="Add qrels/train.tsv, or name other data."
         )
     trainer = DualEncoderTrainer(
-        what.load(), args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
+        what.load(progress=progress), args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
     )
     trainer.hold_out(split)
     prepared = time.time()
@@ -108,14 +113,25 @@ def train_and_judge(
     judged = time.time()
     report = trainer.judge(
         split,
-        old_model=what.load(),
-        options=JudgeOptions(seed=args.seed, device=args.device, progress=not args.disable_tqdm),
+        old_model=what.load(progress=progress),
+        options=JudgeOptions(seed=args.seed, device=args.device, progress=progress),
     )
     record = training_record(trainer, what, {
         "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
         "judge": time.time() - judged, "total": time.time() - started,
     }, measured)  # fmt: skip
     evaluation, fidelity = report.to_dict(), report.fidelity_dict()
-    whole = replace(record, command=command, evaluation=evaluation, fidelity=fidelity)
+    whole = replace(
+        record, command=command, evaluation=evaluation, fidelity=fidelity,
+        verdict={"sentence": report.judgement.sentence()}, examples=_examples(report, data, what, seed=args.seed),
+    )  # fmt: skip
     on_main("writing run.json", lambda: whole.save(out))
     return report
+
+
+def _examples(report: StalenessReport, data: RetrievalData, what: WhatToTrain, *, seed: int) -> dict[str, Any]:
+    if what.no_examples:
+        return {}
+    split = judged_split(data)
+    relevant = positives_as_rows(split, data.corpus)
+    return judged_examples(report.judgement, relevant, split=split, corpus=data.corpus, seed=seed)

@@ -12,6 +12,7 @@ from hf_corrector.cli import upgrade_vectors
 from hf_corrector.cli.common import (
     DATA_HELP,
     DTYPES,
+    NO_EXAMPLES_HELP,
     STDLIB,
     EncoderChoice,
     add,
@@ -54,12 +55,13 @@ def run(argv: list[str]) -> int:
     if upgrade_vectors.is_asked_for(argv):
         return upgrade_vectors.run(argv)
     arguments = _flags().parse_args(argv)
-    quieten()
-    options = _options(arguments)
+    progress = quieten(quiet=arguments.quiet)
+    options = _options(arguments, progress=progress)
     out = new_output_folder(arguments.output_dir)
-    cache, data = TargetCache.open(arguments.old_cache), load_data(arguments.data)
+    cache, data = TargetCache.open(arguments.old_cache), load_data(arguments.data, progress=progress)
     choice = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(EncoderChoice)[1:]}
-    model = EncoderChoice(model=arguments.new_model, **choice).load(arguments.device or options.computing_device)
+    new = EncoderChoice(model=arguments.new_model, **choice)
+    model = new.load(arguments.device or options.computing_device, progress=progress)
     report = upgrade(
         cache, model, data, num_pairs=arguments.pairs, old_model=arguments.old_model,
         kind=arguments.kind, side=None if arguments.side == "none" else arguments.side, pairs=arguments.pairs_by,
@@ -85,8 +87,7 @@ def _next_step(arguments: argparse.Namespace, report: UpgradeReport) -> str:
     return f"{step} {listed} --data {arguments.data}"
 
 
-def _options(arguments: argparse.Namespace) -> UpgradeOptions:
-    quiet = arguments.quiet
+def _options(arguments: argparse.Namespace, *, progress: bool) -> UpgradeOptions:
     metrics = tuple(dict.fromkeys((arguments.metric, *DEFAULT_METRICS)))
     return UpgradeOptions(
         output_dir=arguments.output_dir, split=arguments.split, judge_targets=_count_or_full(arguments.judge_targets),
@@ -98,9 +99,9 @@ def _options(arguments: argparse.Namespace) -> UpgradeOptions:
             min_recovery=arguments.min_recovery, non_inferiority=arguments.non_inferiority,
             max_slice_loss=arguments.max_slice_loss,
         ),
-        judging=JudgeOptions(metrics=metrics, primary=arguments.metric, seed=arguments.seed, progress=not quiet),
-        encoding=EncodeOptions(compute_dtype=arguments.compute_dtype, progress=not quiet),
-        device=arguments.device, seed=arguments.seed,
+        judging=JudgeOptions(metrics=metrics, primary=arguments.metric, seed=arguments.seed, progress=progress),
+        encoding=EncodeOptions(compute_dtype=arguments.compute_dtype, progress=progress),
+        device=arguments.device, seed=arguments.seed, examples=not arguments.no_examples,
     )  # fmt: skip
 
 
@@ -176,6 +177,7 @@ def _flags() -> argparse.ArgumentParser:
     add(flags, "compute_dtype", choices=DTYPES, default="float32", help="arithmetic of the encoders")
     add(flags, "device", help="where to compute; a GPU if there is one")
     add(flags, "seed", type=int, default=0, help="seed of all random choices")
+    add(flags, "no_examples", action="store_true", help=NO_EXAMPLES_HELP)
     flags.add_argument("--quiet", action="store_true", help="no progress bars")
     _add_encoder_arguments(flags)
     return flags

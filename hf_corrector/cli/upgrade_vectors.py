@@ -11,6 +11,7 @@ import numpy.typing as npt
 from hf_corrector.cli.common import add, new_output_folder, parser, quieten
 from hf_corrector.corrected_arrays import ARRAY_SUFFIX, load_array
 from hf_corrector.data.folder import read_qrels
+from hf_corrector.encoding import EncodeOptions
 from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.verdict import Thresholds
@@ -43,7 +44,7 @@ def run(argv: list[str]) -> int:
     """Run the command; returns 0 for a go, 3 for a no-go, 4 for re-embedding a part first."""
     # Whoever asks what --new_sample means gives it no file.
     arguments = _flags().parse_args([word for word in argv if word not in _FLAGS] if "--help" in argv else argv)
-    quieten()
+    progress = quieten(quiet=arguments.quiet)
     options = UpgradeOptions(
         kinds=UpgradeOptions().kinds if arguments.kinds is None else tuple(arguments.kinds),
         judging=JudgeOptions(
@@ -54,7 +55,8 @@ def run(argv: list[str]) -> int:
             min_recovery=arguments.min_recovery, min_retention=arguments.min_retention,
             non_inferiority=arguments.non_inferiority,
         ),
-        seconds_per_pass=arguments.seconds_per_pass, price_per_hour=arguments.price_per_hour, seed=arguments.seed,
+        encoding=EncodeOptions(progress=progress), seconds_per_pass=arguments.seconds_per_pass,
+        price_per_hour=arguments.price_per_hour, seed=arguments.seed,
     )  # fmt: skip
     ids = None if arguments.ids is None else read_ids(Path(arguments.ids))
     rows, queries = _sampled_rows(arguments, ids), _queries(arguments, ids)
@@ -215,4 +217,5 @@ def _flags() -> argparse.ArgumentParser:
     add(flags, "seconds_per_pass", type=float, metavar="S", help="seconds an embedding takes you")
     add(flags, "price_per_hour", type=float, metavar="P", help="price of an hour of that")
     add(flags, "seed", type=int, default=0, help="seed of all random choices")
+    flags.add_argument("--quiet", action="store_true", help="no progress bars")
     return flags

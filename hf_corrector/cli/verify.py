@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from hf_corrector._progress import working
 from hf_corrector.cache.overlay import Overlay
 from hf_corrector.cache.side_store import verify_sides
 from hf_corrector.cache.target_cache import TargetCache
-from hf_corrector.cli.common import parser
+from hf_corrector.cli.common import parser, quieten
 
 EXAMPLES = """\
   hf-corrector verify cache
@@ -19,9 +20,10 @@ def run(argv: list[str]) -> int:
     flags.add_argument("cache", metavar="CACHE", help="folder of the cache")
     flags.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = flags.parse_args(argv)
-    cache = TargetCache.open(arguments.cache)
-    cache.verify(progress=not arguments.quiet)
-    verify_sides(cache)
-    Overlay.open(cache)
+    progress, cache = quieten(quiet=arguments.quiet), TargetCache.open(arguments.cache)
+    cache.verify(progress=progress)
+    with working("verify side features and overlay", shown=progress):
+        verify_sides(cache)
+        Overlay.open(cache)
     print(f"{cache!r}: intact")
     return 0

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from hf_corrector.errors import ConfigurationError, DataError
+from hf_corrector.evaluation.verdict_words import number, opposite, percent, spread
 from hf_corrector.index.base import TargetVectors
 from hf_corrector.index.exact import DEFAULT_BUDGET_BYTES, ExactIndex
 from hf_corrector.metrics import (
@@ -28,9 +29,11 @@ from hf_corrector.metrics import (
     RESAMPLES,
     Bootstrap,
     FloatArray,
+    IntArray,
     Interval,
     Relevant,
     Undefined,
+    metric_name,
     paired_bootstrap,
     parse_metric,
     quality,
@@ -40,10 +43,12 @@ Condition: TypeAlias = tuple[torch.Tensor, TargetVectors]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Statistic = TypeVar("Statistic", Interval, Interval | Undefined)
 
+# How much of every ranking is kept, for examples.
+SHOWN = 5
 _RESERVED = (
     "clean_queries", "queries", "intervals", "differences", "recovery", "retention", "comparisons", "all_queries",
+    "primary",
 )  # fmt: skip
-_WRITTEN = {"mrr": "MRR", "ndcg": "nDCG"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class JudgeOptions:
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """What was measured. Everything but ``all_queries`` and ``per_query`` is of clean queries only.
+    """What was measured. Of clean queries only, but for ``all_queries`` and what has a line per query.
 
     Attributes:
         metrics: What was measured.
@@ -84,6 +89,9 @@ class Judgement:
         retention: ``retention[condition][metric]``, the share of fresh, for all but fresh; empty if fresh is missing.
         all_queries: ``all_queries[condition][metric]``, plain means over all queries.
         per_query: ``per_query[condition][metric]``, values of all queries, ``(queries,)``.
+        clean: Which queries are clean, ``(queries,)``.
+        ranked: ``ranked[condition]``, the rows of the best targets of all queries, ``(queries, at most SHOWN)``; empty
+            where only values were compared.
     """
 
     metrics: tuple[str, ...]
@@ -96,6 +104,8 @@ class Judgement:
     retention: Mapping[str, Mapping[str, Interval | Undefined]]
     all_queries: Mapping[str, Mapping[str, float]]
     per_query: Mapping[str, Mapping[str, FloatArray]] = field(repr=False)
+    clean: BoolArray = field(repr=False)
+    ranked: Mapping[str, IntArray] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values: one entry per condition, counts, intervals; ``None`` where nothing can be said."""
@@ -104,6 +114,7 @@ class Judgement:
             **{name: self._clean_means(name) for name in names},
             "clean_queries": self.clean_queries,
             "queries": self.queries,
+            "primary": self.primary,
             "intervals": _plain(self.means),
             "differences": _plain(self.differences),
             "recovery": _plain(self.recovery).get("corrected", {}),
@@ -153,21 +164,25 @@ def judge(
     clean = np.asarray(clean)
     _check(conditions, relevant, clean, options)
     deepest = max(parse_metric(metric)[1] for metric in options.metrics)
-    per_query = {}
+    per_query, ranked = {}, {}
     for name, (queries, vectors) in conditions.items():
         index = ExactIndex(vectors, budget_bytes=options.budget_bytes, device=options.device, progress=options.progress)
         rows = index.search(queries, deepest).rows.numpy()
-        per_query[name] = quality(rows, relevant, metrics=options.metrics)
-    return compare(per_query, clean=clean, options=options)
+        per_query[name], ranked[name] = quality(rows, relevant, metrics=options.metrics), rows[:, :SHOWN]
+    return compare(per_query, clean=clean, options=options, ranked=ranked)
 
 
-def compare(per_query: Mapping[str, Mapping[str, FloatArray]], *, clean: BoolArray, options: JudgeOptions) -> Judgement:
+def compare(
+    per_query: Mapping[str, Mapping[str, FloatArray]], *, clean: BoolArray, options: JudgeOptions,
+    ranked: Mapping[str, IntArray] | None = None,
+) -> Judgement:  # fmt: skip
     """Compare conditions whose quality is known already; :func:`judge` without the searches.
 
     Args:
         per_query: ``per_query[condition][metric]``, values of the same queries, ``(queries,)``.
         clean: Which queries count, ``(queries,)``.
         options: Metrics, resamples and seed.
+        ranked: What to keep as :attr:`Judgement.ranked`.
 
     Raises:
         DataError: If lengths differ.
@@ -184,7 +199,7 @@ def compare(per_query: Mapping[str, Mapping[str, FloatArray]], *, clean: BoolArr
         recovery=_each(gaps, bootstraps, lambda bootstrap, name: bootstrap.recovery(name)),
         retention=_each(full, bootstraps, lambda bootstrap, name: bootstrap.retention(name)),
         all_queries={n: {metric: float(x.mean()) for metric, x in v.items()} for n, v in per_query.items()},
-        per_query=per_query,
+        per_query=per_query, clean=clean, ranked={} if ranked is None else ranked,
     )  # fmt: skip
 
 
@@ -281,23 +296,25 @@ def _plain(
 def _table(judgement: Judgement) -> str:
     """Lay out means, intervals and recovery in columns."""
     head = f"{judgement.clean_queries:,} clean of {judgement.queries:,} queries"
-    rows = [["", *(_written(metric) for metric in judgement.metrics)]]
+    rows = [["", *(metric_name(metric) for metric in judgement.metrics)]]
     notes = []
     if judgement.means:
         head += "; mean and 95 % interval"
         for name, means in judgement.means.items():
             intervals = [means[metric] for metric in judgement.metrics]
-            rows.append([name, *(_number(x.estimate) for x in intervals)])
-            rows.append(["", *(f"[{_number(x.low)}, {_number(x.high)}]" for x in intervals)])
+            rows.append([name, *(number(x.estimate) for x in intervals)])
+            rows.append(["", *(f"[{number(x.low)}, {number(x.high)}]" for x in intervals)])
     else:
         head += "; means of all queries, flattered by targets the corrector was fitted on"
-        rows += [[n, *(_number(v[m]) for m in judgement.metrics)] for n, v in judgement.all_queries.items()]
+        rows += [[n, *(number(v[m]) for m in judgement.metrics)] for n, v in judgement.all_queries.items()]
     for name, recovery in judgement.recovery.items():
         if name == "old":
             continue
         known = [recovery[metric] for metric in judgement.metrics]
-        rows.append([f"recovery, {name}", *("-" if isinstance(x, Undefined) else _percent(x) for x in known)])
-        notes += [f"no recovery of {_written(m)}: {x.reason}" for m, x in recovery.items() if isinstance(x, Undefined)]
+        rows.append([f"recovery, {name}", *("-" if isinstance(x, Undefined) else percent(x) for x in known)])
+        notes += [
+            f"no recovery of {metric_name(m)}: {x.reason}" for m, x in recovery.items() if isinstance(x, Undefined)
+        ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
@@ -320,19 +337,19 @@ def _sentence(judgement: Judgement) -> str:
 def _words_on_loss(judgement: Judgement) -> str:
     metric = judgement.primary
     count = f"{judgement.clean_queries:,} clean quer{'y' if judgement.clean_queries == 1 else 'ies'}"
-    values = ", ".join(f"{name} {_number(means[metric].estimate)}" for name, means in judgement.means.items())
+    values = ", ".join(f"{name} {number(means[metric].estimate)}" for name, means in judgement.means.items())
     loss = judgement.differences.get("fresh-stale", {}).get(metric)
     if loss is None:
-        return f"{_written(metric)} on {count}: {values}"
+        return f"{metric_name(metric)} on {count}: {values}"
     if loss.low > 0:
-        return f"The stale index loses {_spread(loss)} of {_written(metric)} on {count} ({values})"
+        return f"The stale index loses {spread(loss)} of {metric_name(metric)} on {count} ({values})"
     if loss.high < 0:
         return (
-            f"Nothing to recover: the fresh index is worse than the stale one, by {_spread(_opposite(loss))} of "
-            f"{_written(metric)} on {count} ({values})"
+            f"Nothing to recover: the fresh index is worse than the stale one, by {spread(opposite(loss))} of "
+            f"{metric_name(metric)} on {count} ({values})"
         )
     return (
-        f"Nothing to recover that {count} could show: fresh minus stale is {_spread(loss)} of {_written(metric)} "
+        f"Nothing to recover that {count} could show: fresh minus stale is {spread(loss)} of {metric_name(metric)} "
         f"({values})"
     )
 
@@ -344,11 +361,11 @@ def _words_on_correction(judgement: Judgement) -> str:
     recovery = judgement.recovery.get("corrected", {}).get(judgement.primary)
     if gain.low > 0:
         if isinstance(recovery, Interval):
-            return f"correction recovered {_percent(recovery)} of the loss without re-encoding the corpus"
-        return f"correction gained {_spread(gain)} over stale all the same"
+            return f"correction recovered {percent(recovery)} of the loss without re-encoding the corpus"
+        return f"correction gained {spread(gain)} over stale all the same"
     if gain.high < 0:
-        return f"correction made it worse, by {_spread(_opposite(gain))}"
-    return f"correction changed it by {_spread(gain)}, which may be nothing"
+        return f"correction made it worse, by {spread(opposite(gain))}"
+    return f"correction changed it by {spread(gain)}, which may be nothing"
 
 
 def _words_on_old(judgement: Judgement) -> str:
@@ -361,33 +378,12 @@ def _words_on_old(judgement: Judgement) -> str:
         return ""
     fresh, corrected = against.get("fresh"), against.get("corrected")
     if fresh is not None and fresh.low > 0:
-        return f"keeping the old model is better even than re-encoding everything, by {_spread(fresh)}"
+        return f"keeping the old model is better even than re-encoding everything, by {spread(fresh)}"
     name = "corrected" if corrected is not None else "fresh"
     rest = against[name]
     other = "correction" if corrected is not None else "re-encoding everything"
     if rest.low > 0:
-        return f"keeping the old model is better than {other}, by {_spread(rest)}"
+        return f"keeping the old model is better than {other}, by {spread(rest)}"
     if rest.high < 0:
-        return f"keeping the old model would be worse than {other}, by {_spread(_opposite(rest))}"
-    return f"keeping the old model may be as good as {other} (difference {_spread(rest)})"
-
-
-def _written(metric: str) -> str:
-    name, cut = parse_metric(metric)
-    return f"{_WRITTEN.get(name, name)}@{cut}"
-
-
-def _number(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}"  # the sum turns -0.0 into 0.0
-
-
-def _spread(interval: Interval) -> str:
-    return f"{_number(interval.estimate)} [{_number(interval.low)}, {_number(interval.high)}]"
-
-
-def _opposite(interval: Interval) -> Interval:
-    return Interval(-interval.estimate, -interval.high, -interval.low)
-
-
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval.estimate:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+        return f"keeping the old model would be worse than {other}, by {spread(opposite(rest))}"
+    return f"keeping the old model may be as good as {other} (difference {spread(rest)})"

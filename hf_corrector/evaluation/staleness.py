@@ -110,5 +110,8 @@ def measure_staleness(
         )
         for name, vectors in approximations.items()
     }  # fmt: skip
-    cosines = {name: mean_cosine(vectors, conditions.fresh) for name, vectors in approximations.items()}
+    cosines = {
+        name: mean_cosine(vectors, conditions.fresh, progress=options.progress)
+        for name, vectors in approximations.items()
+    }
     return StalenessReport(judgement, fidelity, cosines)

@@ -13,8 +13,8 @@ import numpy as np
 
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.evaluation.verdict_slices import MIN_SLICE_QUERIES, BoolArray, QuerySlice, SliceRow, judge_slices
-from hf_corrector.evaluation.verdict_words import metric_name, opposite, percent, spread
-from hf_corrector.metrics import RESAMPLES, Bootstrap, FloatArray, Interval, Undefined, paired_bootstrap
+from hf_corrector.evaluation.verdict_words import opposite, percent, spread
+from hf_corrector.metrics import RESAMPLES, Bootstrap, FloatArray, Interval, Undefined, metric_name, paired_bootstrap
 
 Decision = Literal["go", "no-go", "re-embed first"]
 # What the command line returns; 1 and 2 are errors and wrong usage.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_corrector.evaluation.verdict import Evidence, Verdict
-from hf_corrector.evaluation.verdict_words import metric_name, number, spread
-from hf_corrector.metrics import FloatArray, Interval
+from hf_corrector.evaluation.verdict_words import number, spread
+from hf_corrector.metrics import FloatArray, Interval, metric_name
 
 # Two-sided 5 % error, four times in five: 1.96 + 0.84.
 _DETECTION = 2.8

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from hf_corrector.metrics import Interval, parse_metric
-
-_WRITTEN = {"mrr": "MRR", "ndcg": "nDCG"}
-
-
-def metric_name(metric: str) -> str:
-    """Write ``"mrr@10"`` as ``"MRR@10"``."""
-    name, cut = parse_metric(metric)
-    return f"{_WRITTEN.get(name, name)}@{cut}"
+from hf_corrector.metrics import Interval
 
 
 def number(value: float) -> str:

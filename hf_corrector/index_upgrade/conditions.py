@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hf_corrector.evaluation.evaluator import SHOWN
 from hf_corrector.fitting import Pairs, fit_affine
 from hf_corrector.index.base import TensorVectors
 from hf_corrector.index_upgrade.fits import Fit, out_of_fold_errors
@@ -27,11 +28,14 @@ class Judged:
 
     Attributes:
         per_query: ``per_query[condition][metric]``, ``(queries,)``, in the order of the table.
+        ranked: ``ranked[condition]`` of ``old``, ``stale``, ``corrected`` and ``fresh``: rows of the whole corpus, best
+            first, ``(queries, at most SHOWN)``.
         overlap: Mean share of the ten best targets that the corrected index has in common with the fresh one.
         notes: Which conditions could not be had, one sentence each.
     """
 
     per_query: PerQuery
+    ranked: dict[str, npt.NDArray[np.int64]]
     overlap: float
     notes: tuple[str, ...]
 
@@ -50,16 +54,19 @@ def judge_conditions(
     """
     corpus, notes = search.corpus, []
     found: PerQuery = {}
+    ranked: dict[str, npt.NDArray[np.int64]] = {}
     if corpus.old_queries is not None:
-        found["old"] = search.quality(corpus.old_queries, TensorVectors(corpus.stale))
+        ranked["old"] = search.rows(corpus.old_queries, TensorVectors(corpus.stale), search.deepest)
+        found["old"] = search.quality_of(ranked["old"])
     if corpus.same_size:
-        found["stale"] = search.quality(corpus.queries, TensorVectors(corpus.stale))
+        ranked["stale"] = search.rows(corpus.queries, TensorVectors(corpus.stale), search.deepest)
+        found["stale"] = search.quality_of(ranked["stale"])
     else:
         notes.append("Vectors differ in size, so new queries cannot search the old index as it is.")
     for fit in fits:
         found[fit.name] = search.quality(*corpus.corrected(fit))
-    corrected = search.rows(*corpus.corrected(chosen), search.deepest)
-    found["corrected"] = search.quality_of(corrected)
+    ranked["corrected"] = search.rows(*corpus.corrected(chosen), search.deepest)
+    found["corrected"] = search.quality_of(ranked["corrected"])
     replaced = partial_mask(corpus, num_pairs, seed=options.seed)
     if corpus.same_size:
         mixed = Overlaid(TensorVectors(corpus.stale), corpus.fresh, replaced)
@@ -70,9 +77,15 @@ def judge_conditions(
     candidates = _candidates(search, options.rerank_depth)
     if candidates is not None:
         found["rerank"] = search.quality_of(search.reranked(candidates))
-    fresh = search.rows(corpus.queries, TensorVectors(corpus.fresh), search.deepest)
-    found["fresh"] = search.quality_of(fresh)
-    return Judged(found, top_overlap(corrected, fresh), tuple(notes))
+    ranked["fresh"] = search.rows(corpus.queries, TensorVectors(corpus.fresh), search.deepest)
+    found["fresh"] = search.quality_of(ranked["fresh"])
+    shown = {name: _whole_corpus(rows[:, :SHOWN], corpus) for name, rows in ranked.items()}
+    return Judged(found, shown, top_overlap(ranked["corrected"], ranked["fresh"]), tuple(notes))
+
+
+def _whole_corpus(ranked: npt.NDArray[np.int64], corpus: JudgedCorpus) -> npt.NDArray[np.int64]:
+    """Turn rows of the judged part into rows of the whole corpus; -1 stays what it is."""
+    return np.where(ranked < 0, -1, corpus.rows[ranked])
 
 
 def partial_mask(corpus: JudgedCorpus, num_pairs: int, *, seed: int) -> torch.Tensor:

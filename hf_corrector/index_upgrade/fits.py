@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm.auto import tqdm
 
 from hf_corrector.errors import ConfigurationError, HFCorrectorError
 from hf_corrector.fitting import Pairs
@@ -106,8 +107,10 @@ def fit_name(kind: str, side: str | None) -> str:
     return kind if side is None else f"{kind} + {side}"
 
 
-def fit_all(pairs: FitPairs, kinds: tuple[str, ...], *, seed: int) -> tuple[list[Fit], list[str]]:
-    """Fit every kind, with and without each kind of side features.
+def fit_all(
+    pairs: FitPairs, kinds: tuple[str, ...], *, seed: int, progress: bool = False
+) -> tuple[list[Fit], list[str]]:  # fmt: skip
+    """Fit every kind, with and without each kind of side features; ``progress`` shows a bar.
 
     Returns:
         What could be fitted, and a sentence on each that could not.
@@ -116,7 +119,7 @@ def fit_all(pairs: FitPairs, kinds: tuple[str, ...], *, seed: int) -> tuple[list
         ConfigurationError: If nothing could be fitted.
     """
     fits, notes = [], []
-    for kind in kinds:
+    for kind in tqdm(kinds, desc="fit correctors", unit="kind", disable=not progress):
         if kind in SAME_SIZE_KINDS and pairs.source.shape[1] != pairs.goal.shape[1]:
             notes.append(f"{kind} is no map between vectors of different size.")
             continue

@@ -49,6 +49,7 @@ class UpgradeOptions:
         encoding: Arithmetic and batches of the encoders.
         device: Where encoders that are given by name compute; a GPU if there is one.
         seed: Seed of all random choices.
+        examples: Whether the record gets a few judged queries with their results, which are texts of the data.
     """
 
     output_dir: str | Path | None = None
@@ -68,6 +69,7 @@ class UpgradeOptions:
     encoding: EncodeOptions = field(default_factory=lambda: EncodeOptions(progress=False))
     device: str | None = None
     seed: int = 0
+    examples: bool = True
 
     def __post_init__(self) -> None:
         """Refuse values out of range (ConfigurationError)."""

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from hf_corrector._files import atomic_write, make_directory, write_json
 from hf_corrector.evaluation.evaluator import Judgement
 from hf_corrector.evaluation.verdict import Verdict
-from hf_corrector.evaluation.verdict_words import aligned, metric_name, number, percent
+from hf_corrector.evaluation.verdict_words import aligned, number, percent
 from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
 from hf_corrector.index_upgrade.fresh_targets import FreshTargets
-from hf_corrector.metrics import Interval, Undefined
+from hf_corrector.metrics import Interval, Undefined, metric_name
 from hf_corrector.pair_choice import PairChoice
 from hf_corrector.records import RunRecord
 

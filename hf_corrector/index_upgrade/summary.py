@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_corrector.evaluation.evaluator import Judgement
+from hf_corrector.evaluation.examples import judged_examples
 from hf_corrector.evaluation.verdict import Verdict
 from hf_corrector.index_upgrade.fits import Choice, Fit
 from hf_corrector.index_upgrade.fresh_targets import FreshTargets
@@ -122,7 +123,16 @@ class Summary:
             evaluation={**judgement.to_dict(), **more}, cost=cost, timing=dict(seconds),
             manifests=[inputs.cache.manifest.to_dict()],
             rows=[row.to_dict(judgement.primary) for row in rows], verdict=verdict.to_dict(),
+            examples=self._examples(judgement),
         )  # fmt: skip
+
+    def _examples(self, judgement: Judgement) -> dict[str, Any]:
+        inputs = self.inputs
+        if not self.options.examples:
+            return {}
+        return judged_examples(
+            judgement, inputs.relevant, split=inputs.judged, corpus=inputs.data.corpus, seed=self.options.seed
+        )
 
 
 def _plain(options: UpgradeOptions) -> dict[str, Any]:

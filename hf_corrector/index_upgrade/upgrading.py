@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from hf_corrector._progress import working
 from hf_corrector.evaluation.evaluator import clean_queries, compare
 from hf_corrector.evaluation.verdict import decide
 from hf_corrector.evaluation.verdict_checklist import Watched, checklist
@@ -81,10 +82,10 @@ def upgrade(  # noqa: PLR0913 - the questions a user answers, each with a defaul
         DataError: If there are no queries to judge on, or too few targets to fit on.
     """
     options = UpgradeOptions() if options is None else options
-    wanted = Wanted(num_pairs, kind, side, pairs, direction)
+    wanted, clock = Wanted(num_pairs, kind, side, pairs, direction), Clock()
     check_pair_count(num_pairs)
-    clock = Clock()
-    inputs = load_inputs(old_cache, new_model, data, old_model=old_model, options=options)
+    with working("load and check the inputs", shown=options.encoding.progress):
+        inputs = load_inputs(old_cache, new_model, data, old_model=old_model, options=options)
     clock.lap("load")
     return _run(inputs, wanted, options, clock)
 
@@ -106,21 +107,24 @@ class Clock:
 def _run(inputs: UpgradeInputs, wanted: Wanted, options: UpgradeOptions, clock: Clock) -> UpgradeReport:
     slices = query_slices(inputs, options)
     fresh = FreshTargets(inputs, _folder(options), options=options.encoding)
-    chosen = pair_choice(inputs, wanted, options)
-    sides = available_sides(inputs, wanted)
+    with working("choose fitting pairs", shown=options.encoding.progress):
+        chosen = pair_choice(inputs, wanted, options)
+    with working("read side features", shown=options.encoding.progress):
+        sides = available_sides(inputs, wanted)
     pairs = fit_pairs(inputs, chosen.choice, fresh, sides=sides, direction=wanted.direction)
     clock.lap("encode_pairs")
     kinds = options.kinds if wanted.kind in ("auto", *options.kinds) else (*options.kinds, wanted.kind)
-    fits, notes = fit_all(pairs, kinds, seed=options.seed)
+    fits, notes = fit_all(pairs, kinds, seed=options.seed, progress=options.encoding.progress)
     choosing = choice_options(inputs, wanted, options)
-    choice = choose(fits, choosing, kind=wanted.kind, side=wanted.side)
+    with working("choose a corrector", shown=options.encoding.progress):
+        choice = choose(fits, choosing, kind=wanted.kind, side=wanted.side)
     clock.lap("fit")
     corpus = judged_corpus(inputs, fresh, options, sides=sides, direction=wanted.direction)
     clock.lap("encode_judged")
     search = Search(corpus, options.judging)
     judged = judge_conditions(search, fits, choice.fit, num_pairs=wanted.num_pairs, options=options)
     clean = clean_queries(inputs.relevant, chosen.choice.rows)  # all of them, by the way pairs are chosen
-    judgement = compare(judged.per_query, clean=clean, options=options.judging)
+    judgement = compare(judged.per_query, clean=clean, options=options.judging, ranked=judged.ranked)
     evidence = evidence_of(inputs, judgement, slices, wanted=wanted, options=options, clean=clean)
     traffic = chosen.traffic if options.reembed_by_traffic else None
     urgency = Urgency(inputs, choice.fit, traffic=traffic, seed=options.seed)

@@ -162,7 +162,7 @@ def upgrade_vectors(
         rows: Which rows of ``old`` these are, ``(n,)``; may be left out where all are.
         queries: Judged queries; those that no target of the sample answers are left out.
         kind: Kind of corrector to adopt; ``"auto"`` decides by errors on pairs left out.
-        options: Kinds, thresholds, judging, rates and seed; the rest needs encoders and is not used.
+        options: Kinds, thresholds, judging, rates, seed and progress; the rest needs encoders and is not used.
 
     Returns:
         The report; if ``report.go``, then ``report.apply("corrected.npy")``.
@@ -176,7 +176,7 @@ def upgrade_vectors(
         raise ConfigurationError("kind", expected=f"one of {('auto', *KINDS)}", got=repr(kind), cure="Choose one.")
     inputs = load_vectors(old, new_sample, rows, queries)
     kinds = options.kinds if kind in ("auto", *options.kinds) else (*options.kinds, kind)
-    fits, notes = fit_all(inputs.pairs, kinds, seed=options.seed)
+    fits, notes = fit_all(inputs.pairs, kinds, seed=options.seed, progress=options.encoding.progress)
     choice = choose(fits, ChoiceOptions(seed=options.seed), kind=kind, side=None)
     bench = VectorBench.of(inputs, options.judging, seed=options.seed)
     held_out = measure(inputs, bench, fits, choice, seed=options.seed)

@@ -20,6 +20,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.learning_curves import LearningCurve, fit_learning_curve
@@ -87,12 +88,14 @@ class ProbeSettings:
         folds: Each part is held out once, so the largest size is ``1 − 1 / folds`` of the probe.
         repeats: Times the probe is cut into folds anew.
         seed: Seed of the cuts.
+        progress: Whether to show a progress bar over fits.
     """
 
     sizes: tuple[int, ...] = ()
     folds: int = 5
     repeats: int = 1
     seed: int = 0
+    progress: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values out of range (ConfigurationError)."""
@@ -218,11 +221,17 @@ def probe_learning_curves(
             cure="Nothing has drifted: search the index as it is.",
         )  # fmt: skip
     curves = {}
-    for name, fit in families.items():
-        found = [
-            [_judged(probe, fit, fitted[:size], held_out, moment) for size in sizes] for fitted, held_out in pieces
-        ]
-        curves[name] = _family_curve(name, sizes, found, stale, probe)
+    total = len(families) * len(pieces) * len(sizes)
+    with tqdm(total=total, desc="fit families", unit="fit", disable=not settings.progress) as bar:
+
+        def judged(fit: Fit, fitted: torch.Tensor, held_out: torch.Tensor) -> RowErrors:
+            errors = _judged(probe, fit, fitted, held_out, moment)
+            bar.update()
+            return errors
+
+        for name, fit in families.items():
+            found = [[judged(fit, fitted[:size], held_out) for size in sizes] for fitted, held_out in pieces]
+            curves[name] = _family_curve(name, sizes, found, stale, probe)
     return curves
 
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from hf_corrector._distributed import is_main
 from hf_corrector._files import read_json, write_json
+from hf_corrector._progress import working
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.retrieval import column
 from hf_corrector.data.tokens import TokenStore
@@ -232,7 +233,8 @@ class CacheTrainer(CheckpointingTrainer):
     def finish_corrector(self) -> None:
         """Fit the corrector to the last window once more; called when training ends."""
         if self.live_cache is not None:
-            self.live_cache.finish_corrector()
+            with working("fit the corrector", shown=is_main() and not self.args.disable_tqdm):
+                self.live_cache.finish_corrector()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means observed since the last time."""

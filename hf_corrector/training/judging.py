@@ -49,11 +49,12 @@ class RunJudge:
         """Encode a split's queries, ``(q, dim)`` float32."""
         texts = column(split, "query")
         self.cost["query_passes"] += len(texts)
-        encoder = self.model if model is None else model
-        return encoder.encode_tokens(
-            encoder.tokenize(texts, "query"), "query", token_budget=self.args.token_budget,
-            compute_dtype=compute_dtype_of(self.args),
-        )  # fmt: skip
+        encoder, hidden = self.model if model is None else model, self.args.disable_tqdm or not is_main()
+        with tqdm(total=len(texts), desc="encode queries", unit="text", disable=hidden, leave=False) as bar:
+            return encoder.encode_tokens(
+                encoder.tokenize(texts, "query"), "query", token_budget=self.args.token_budget,
+                compute_dtype=compute_dtype_of(self.args), progress=bar,
+            )  # fmt: skip
 
     def encode_fresh(self) -> TensorVectors:
         """Encode all targets with the current weights into memory."""

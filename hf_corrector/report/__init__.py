@@ -1,0 +1,1 @@
+"""One self-contained HTML page rendered from run records alone: no model, no GPU, nothing fetched."""
