@@ -152,6 +152,7 @@ def test_data_without_answers_and_runs_of_other_commands_are_refused(
     assert "expected --cache or --encode; got both" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_example_runs_with_the_default_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sources = Path(sysconfig.get_path("stdlib")) / "asyncio"
     runpy.run_path(str(EXAMPLE))["main"](str(tmp_path / "out"), sources=str(sources), max_steps=2, layers=1, judged=2)
