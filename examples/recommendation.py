@@ -165,10 +165,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[VectorUpgradeReport, Judgem
     arguments, started = parser.parse_args(argv), time.time()
     with tempfile.TemporaryDirectory() as folder:
         report, judgement = run(arguments, Path(folder))
-    print(
-        f"What vectors of {len(report.inputs.rows):,} items encoded anew tell:\n\n{report.table()}\n\n"
-        f"{report.verdict}\n"
-    )
+    anew = len(report.inputs.rows)
+    print(f"What vectors of {anew:,} items encoded anew tell:\n\n{report.table()}\n\n{report.verdict}\n")
     print(f"What all {arguments.items:,} items tell, encoded anew for this check only:\n\n{judgement.table()}\n")
     recovery = judgement.recovery["corrected"]["recall@20"]
     gain = judgement.differences["corrected-stale"]["recall@20"]
