@@ -31,7 +31,7 @@ from hf_corrector.side_features import SideFeatures
 # Large enough that a product of matrices runs at full speed, small enough that what follows it hits the same caches.
 DEFAULT_CHUNK_ROWS = 2048
 DEFAULT_SHARD_ROWS = 65_536
-_NO_PART_OF_THE_MAP = ("model_type", "fit_summary")
+_NO_PART_OF_THE_MAP = ("model_type", "fit_summary", "stale_encoder", "fresh_encoder", "direction")
 _AHEAD = 2
 Item = TypeVar("Item")
 

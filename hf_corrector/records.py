@@ -204,6 +204,7 @@ class RunRecord:
         history: Logged training steps.
         rows: What was compared, one object per method: metrics, recovery, passes, seconds.
         verdict: What follows from it: decision, sentence, thresholds.
+        corrector: What the corrector says of itself, where one was fitted: kind, sizes, both encoders.
         created: Unix time of the record.
         machine: Processor.
     """
@@ -220,6 +221,7 @@ class RunRecord:
     history: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     verdict: dict[str, Any] = field(default_factory=dict)
+    corrector: dict[str, Any] = field(default_factory=dict)
     created: float = field(default_factory=time.time)
     machine: str = field(default_factory=describe_machine)
 
