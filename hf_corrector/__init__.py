@@ -13,15 +13,18 @@ from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderConf
 from hf_corrector.version import __version__
 
 if TYPE_CHECKING:
+    from hf_corrector._hub import PushOptions
     from hf_corrector.adaptation.adaptive_cache import AdaptiveCache
     from hf_corrector.adaptation.streaming_corrector import StreamingCorrector
     from hf_corrector.cache.target_cache import TargetCache
+    from hf_corrector.cards import CardFacts
     from hf_corrector.corrected_retriever import CorrectedRetriever, RetrieverOptions
     from hf_corrector.data.datasets import RetrievalData, from_pairs, load_retrieval_data
     from hf_corrector.data.stdlib import standard_library_data
     from hf_corrector.drift_detection import AdaptationPolicy, DriftDetector
     from hf_corrector.encoding import EncodeOptions, build_cache, update_cache
     from hf_corrector.evaluation.staleness import measure_staleness
+    from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
     from hf_corrector.index_upgrade.options import UpgradeOptions
     from hf_corrector.index_upgrade.report import UpgradeReport
     from hf_corrector.index_upgrade.upgrading import upgrade
@@ -60,6 +63,9 @@ _HOMES = {
     "StreamingCorrector": "hf_corrector.adaptation.streaming_corrector",
     "AdaptationPolicy": "hf_corrector.drift_detection",
     "DriftDetector": "hf_corrector.drift_detection",
+    "FittedCorrector": "hf_corrector.index_upgrade.fitted_corrector",
+    "CardFacts": "hf_corrector.cards",
+    "PushOptions": "hf_corrector._hub",
 }
 
 __all__ = [
@@ -93,6 +99,9 @@ __all__ = [
     "StreamingCorrector",
     "AdaptationPolicy",
     "DriftDetector",
+    "FittedCorrector",
+    "CardFacts",
+    "PushOptions",
     "__version__",
 ]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_corrector._extras import demo_encoder
@@ -21,12 +20,14 @@ from hf_corrector.data.retrieval import RetrievalData, texts_hash
 from hf_corrector.data.stdlib import standard_library_data
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError, InputError
 from hf_corrector.models.configuration_dual_encoder import POOLINGS, DualEncoderConfig
+from hf_corrector.models.hub_files import CORRECTOR_FILES, checked
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.sentence_transformers_format import read_repository_json
 from hf_corrector.records import RECORD_FILE, FittedTargets
 from hf_corrector.side_features import SideFeatures
 from hf_corrector.training.checks import check_made_by
+from hf_corrector.training.run_record import plain_arguments as plain_arguments
 
 STDLIB = "stdlib"
 DATA_HELP = "BEIR folder or Hub data set; by default 'stdlib', made from Python's own standard library"
@@ -114,6 +115,8 @@ def load_corrector(
     if name is None:
         return None, None
     corrector, fitted = corrector_of_cache(name, cache, directions=directions)
+    if corrector.config.fresh_encoder is not None:
+        corrector.check_encoders(name, fresh=model.fingerprint("target"))
     if fitted is not None and fitted.encoder != model.fingerprint("target").digest:
         raise CacheMismatchError(
             name, expected=f"a corrector for queries of {model.config.name_or_path}",
@@ -129,12 +132,14 @@ def corrector_of_cache(
 
     A corrector stays right when rows are added and deleted, as all vectors of a cache come from one encoder; the rows
     it was fitted on are found again by their ids. Where their ids were not noted, nothing is known of them any more.
+    The same holds of another cache by the encoder it was fitted to.
 
     Raises:
-        CacheMismatchError: If the note says it leads from another cache, or the cache holds corrected vectors already.
+        CacheMismatchError: If it leads from vectors of another encoder, or the cache holds corrected vectors already.
         ConfigurationError: If it works in none of the ``directions``.
     """
-    corrector, fitted = CorrectorModel.from_pretrained(name), FittedTargets.load(Path(name))
+    corrector = CorrectorModel.from_pretrained(name)
+    fitted = FittedTargets.load(checked(name, CORRECTOR_FILES, {}).folder)
     if fitted is not None and fitted.direction not in directions:
         raise ConfigurationError(
             name, expected="a corrector of targets", got="one that maps new queries to the old index",
@@ -149,10 +154,12 @@ def corrector_of_cache(
     if fitted is None or fitted.cache == cache.manifest.checksum:
         return corrector, fitted
     if fitted.cache not in cache.manifest.lineage:
-        raise CacheMismatchError(
-            name, expected="the corrector of this cache", got=f"one that was fitted to another than {cache.path}",
-            cure="Name the cache it was fitted to; after a refresh that is the newest cache-NNNN of the run.",
-        )  # fmt: skip
+        if corrector.config.stale_encoder is None:
+            raise CacheMismatchError(
+                name, expected="the corrector of this cache", got=f"one that was fitted to another than {cache.path}",
+                cure="Name the cache it was fitted to; after a refresh that is the newest cache-NNNN of the run.",
+            )  # fmt: skip
+        corrector.check_encoders(name, stale=cache.fingerprint)
     if fitted.ids is None:
         return corrector, None
     rows = cache.ids.find(fitted.ids)
@@ -220,19 +227,6 @@ def new_output_folder(name: str) -> Path:
         )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def plain_arguments(values: Any) -> dict[str, Any]:
-    """Return arguments as JSON values, for a run's record."""
-    # TrainingArguments writes its own dictionary because it knows which of its fields are secrets.
-    given = values.to_dict() if isinstance(values, TrainingArguments) else dict(vars(values))
-    return {name: value if _is_plain(value) else str(value) for name, value in sorted(given.items())}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, float):
-        return value == value and abs(value) != float("inf")
-    return value is None or isinstance(value, bool | int | str)
 
 
 def quieten() -> None:

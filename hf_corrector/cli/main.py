@@ -20,6 +20,7 @@ COMMANDS = {
     "search": "search a cache, corrected or as it is",
     "verify": "check every byte of a cache",
     "apply": "write the corrected vectors of a cache into another one",
+    "push": "put a corrector, a dual encoder or a cache on the Hub",
 }
 
 
@@ -74,6 +75,8 @@ def _run(command: str, arguments: list[str]) -> int:
             from hf_corrector.cli.search import run
         case "apply":
             from hf_corrector.cli.apply import run
+        case "push":
+            from hf_corrector.cli.push import run
         case _:
             from hf_corrector.cli.verify import run
     return run(arguments)

@@ -23,9 +23,9 @@ from hf_corrector.cli.common import (
 from hf_corrector.errors import ConfigurationError, DataError, HFCorrectorError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.staleness import StalenessReport
-from hf_corrector.records import RunRecord
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
+from hf_corrector.training.run_record import RunContext
 
 EXAMPLES = """\
 examples:
@@ -93,6 +93,9 @@ def train_and_judge(
     trainer = DualEncoderTrainer(
         what.load(), args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
     )
+    trainer.run_context = RunContext(
+        command, {**plain_arguments(what), "judged_split": "dev" if data.test is None else "test"}
+    )
     trainer.hold_out(split)
     prepared = time.time()
     trainer.prepare()
@@ -112,29 +115,14 @@ def train_and_judge(
         old_model=what.load(),
         options=JudgeOptions(seed=args.seed, device=args.device, progress=not args.disable_tqdm),
     )
-    record = _record(trainer, what, report, {
+    timing = {
         "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
         "judge": time.time() - judged, "total": time.time() - started,
-    }, measured)  # fmt: skip
-    on_main("writing run.json", lambda: replace(record, command=command).save(out))
+    }  # fmt: skip
+    trainer.run_context = replace(trainer.run_context, timing=timing, measured=measured)
+    on_main("writing run.json", lambda: trainer.run_record().save(out))
+    trainer.write_cards(out)
+    if args.push_to_hub:
+        # What was pushed when the model was saved had not been judged; only the card is sent again.
+        trainer.push_to_hub("Judgement in the model card")
     return report
-
-
-def _record(
-    trainer: DualEncoderTrainer, what: WhatToTrain, report: StalenessReport, seconds: dict[str, float], measured: int
-) -> RunRecord:
-    live, args = trainer.live_cache, trainer.args
-    manifests = [] if live is None else [live.first.manifest.to_dict(), live.cache.manifest.to_dict()]
-    phases = {f"train_{name}": spent for name, spent in trainer.step_log.total_seconds.items()}
-    history = [{key: value for key, value in entry.items() if _is_number(value)} for entry in trainer.state.log_history]
-    arguments = {**plain_arguments(what), **plain_arguments(args), "scan_chosen": trainer.scan_said}
-    return RunRecord(
-        command="train", seed=args.seed, arguments=arguments,
-        evaluation=report.to_dict(), fidelity=report.fidelity_dict(),
-        cost={**trainer.cost, "measurement_target_passes": measured}, timing={**seconds, **phases},
-        manifests=manifests, history=history,
-    )  # fmt: skip
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and value == value and abs(value) != float("inf")

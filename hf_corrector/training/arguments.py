@@ -26,14 +26,17 @@ from hf_corrector.training.argument_checks import (
 class DualEncoderTrainingArguments(TrainingArguments):
     """Extend transformers' TrainingArguments by negatives, staleness, corrector and cache.
 
-    Defaults that differ from transformers: 32 pairs a batch, ``remove_unused_columns=False``, and
-    ``metric_for_best_model="mrr@10"`` where the best model is loaded at the end.
+    Defaults that differ from transformers: 32 pairs a batch, ``remove_unused_columns=False``, ``hub_strategy="end"``,
+    and ``metric_for_best_model="mrr@10"`` where the best model is loaded at the end.
     """
 
     # -- transformers' own, with other defaults
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Query-positive pairs per device."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the trainer makes its own columns."}
+    )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Must stay 'end': with push_to_hub, the saved model and its card are pushed."}
     )
 
     # -- negatives

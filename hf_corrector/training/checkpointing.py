@@ -146,17 +146,6 @@ class CheckpointingTrainer(Trainer):
         else:
             self.control.should_training_stop = True
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: transformers' own would upload the whole output folder, cache and tokenised corpus included.
-
-        Raises:
-            ConfigurationError: Always.
-        """
-        raise ConfigurationError(
-            "push_to_hub", expected="an upload of the model alone", got="one of the whole run, cache and corpus too",
-            cure="Call trainer.encoder.push_to_hub(repo_id).",
-        )  # fmt: skip
-
     def _check_adapter(self) -> None:
         """Find out before the work what would make the checkpoints useless."""
         output_dir, adapted = Path(str(self.args.output_dir)), isinstance(self.model, PeftModel)

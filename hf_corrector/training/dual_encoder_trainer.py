@@ -27,21 +27,22 @@ from hf_corrector.evaluation.staleness import StalenessReport
 from hf_corrector.models.adapters import freeze_targets
 from hf_corrector.models.contrast import SampledTargets
 from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel
-from hf_corrector.records import COSTS
+from hf_corrector.records import COSTS, RunRecord
 from hf_corrector.training import checks
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.callbacks import StalenessCallback
-from hf_corrector.training.checkpointing import CheckpointingTrainer
 from hf_corrector.training.judging import RunJudge
 from hf_corrector.training.live_cache import STATE_FILE, LiveCache, encode_options_of, settings_of
+from hf_corrector.training.publishing import PublishingTrainer
 from hf_corrector.training.refresh_schedule import RefreshSchedule
+from hf_corrector.training.run_record import RunState, record_of
 from hf_corrector.training.target_choice import Choice, Judgements, TargetChooser
 from hf_corrector.training.target_source import TargetSource
 
 logger = logging.get_logger(__name__)
 
 
-class DualEncoderTrainer(CheckpointingTrainer):
+class DualEncoderTrainer(PublishingTrainer):
     """Train a dual encoder, and with ``staleness="corrector"`` the corrector that keeps its cache usable.
 
     Each step samples targets for every query from the whole cache (through the corrector), re-encodes only those with
@@ -114,6 +115,7 @@ class DualEncoderTrainer(CheckpointingTrainer):
         self._resumed_with_cache = False
         self._pairs: PairDataset | None = None
         self._prepared = False
+        self._report: StalenessReport | None = None
 
     # ------------------------------------------------------------------ phases
 
@@ -137,12 +139,9 @@ class DualEncoderTrainer(CheckpointingTrainer):
             self.build_cache()
         if self.train_dataset is not None:
             queries = tokenize_texts(
-                self.encoder,
-                column(self.train_dataset, "query"),
-                "query",
-                out / "tokens" / "queries",
+                self.encoder, column(self.train_dataset, "query"), "query", out / "tokens" / "queries",
                 progress=progress,
-            )
+            )  # fmt: skip
             judgements = Judgements(
                 positives_as_rows(self.train_dataset, self.targets),
                 given_negatives_as_rows(self.train_dataset, self.targets),
@@ -239,12 +238,9 @@ class DualEncoderTrainer(CheckpointingTrainer):
         def candidate_fn(query_embeddings: torch.Tensor) -> SampledTargets:
             with self.step_log.phase("sampling"):
                 choice = self._chooser.choose(
-                    query_embeddings,
-                    inputs,
-                    scan=self._source.scan(self.live_cache, self.state.global_step),
-                    step=self.state.global_step,
-                    cached=self._source.cached(self.live_cache),
-                )
+                    query_embeddings, inputs, scan=self._source.scan(self.live_cache, self.state.global_step),
+                    step=self.state.global_step, cached=self._source.cached(self.live_cache),
+                )  # fmt: skip
             chosen.append(choice)
             return choice.part
 
@@ -354,7 +350,16 @@ class DualEncoderTrainer(CheckpointingTrainer):
             CacheMismatchError: If ``old_model`` is not the encoder that made the first cache.
         """
         live = self._need_cache("judge")
-        return self.run_judge.measure(split, live, old_model=old_model, options=options)
+        self._report = self.run_judge.measure(split, live, old_model=old_model, options=options)
+        return self._report
+
+    def run_record(self) -> RunRecord:
+        """Return what is known of the run so far, with the last judgement, as ``run.json`` and the card show it."""
+        state = RunState(
+            self.args, self.live_cache, self.encoder.corrector, self._report, self.cost,
+            self.step_log.total_seconds, self.state.log_history, self.scan_said,
+        )  # fmt: skip
+        return record_of(state, self.run_context)
 
     @property
     def scan_said(self) -> str:
@@ -381,7 +386,9 @@ class DualEncoderTrainer(CheckpointingTrainer):
             self.live_cache.save(folder, self.cost)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model, tokenizers and corrector, with which targets the corrector was fitted on."""
+        """Save model, tokenizers, card and corrector, with which targets the corrector was fitted on."""
+        if self.live_cache is not None:
+            self.live_cache.note_encoders()
         super().save_model(output_dir, _internal_call)
         if self.live_cache is not None and self.args.should_save:
             self.live_cache.note_fitted(Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER)
