@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from hf_corrector._files import hash_strings, read_json, write_json
@@ -141,6 +142,16 @@ class FittedTargets:
         value = checked_fields(cls, read_json(path), where=str(path))
         rows, ids = tuple(int(row) for row in value["rows"]), value.get("ids")
         return cls(**{**value, "rows": rows, "ids": None if ids is None else tuple(ids)})
+
+
+def shareable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a fingerprint for others' eyes: of an encoder in a folder only the folder's own name.
+
+    What came from the Hub is known by its revision; names are not compared.
+    """
+    if fingerprint.get("revision") is not None:
+        return dict(fingerprint)
+    return {**fingerprint, "name": PurePath(str(fingerprint.get("name", ""))).name}
 
 
 def checked_fields(cls: type[Any], value: Any, *, where: str) -> dict[str, Any]:

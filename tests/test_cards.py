@@ -138,6 +138,19 @@ def test_what_is_missing_is_printed_as_missing(record: RunRecord) -> None:
     assert "an unnamed encoder" in nothing and nothing.count(MISSING) > 10
 
 
+def test_the_card_of_a_trained_encoder_names_what_it_was_trained_from(record: RunRecord) -> None:
+    """Of a run without a corrector the cache says it; its quality is that of targets it encodes itself."""
+    made_by = {**record.manifests[0]["fingerprint"], "name": "a/old", "revision": COMMIT}
+    manifests = [{**record.manifests[0], "fingerprint": made_by}]
+    card = card_of_run(replace(record, command="train", corrector={}, manifests=manifests, rows=[]), of_encoder=True)
+    assert "# Dual encoder trained from a/old" in card and "DualEncoderModel.from_pretrained" in card
+    assert (metadata(card)["base_model"], metadata(card)["base_model_relation"]) == (["a/old"], "finetune")
+    (result,) = metadata(card)["model-index"][0]["results"]
+    values = {one["name"]: one["value"] for one in result["metrics"]}
+    assert values["MRR@10, full re-embed"] == record.evaluation["intervals"]["fresh"]["mrr@10"]["estimate"]
+    assert "| stale index |" in card and "| recovery, corrected |" in card and 'subfolder="corrector"' not in card
+
+
 def test_cards_without_a_record_say_so(record: RunRecord) -> None:
     for card in (card_of_corrector(record.corrector), card_of_dual_encoder(record.corrector), card_of_dual_encoder({})):
         assert "No record of a run came with these weights" in card and "## Results" not in card

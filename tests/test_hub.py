@@ -23,11 +23,13 @@ from hf_corrector.cache import TargetCache
 from hf_corrector.cache.edits import edit_arrays
 from hf_corrector.cards import CardFacts
 from hf_corrector.cli.main import main
+from hf_corrector.corrected_cache import write_corrected
 from hf_corrector.data.datasets import RetrievalData, from_pairs
 from hf_corrector.errors import CacheCorruptedError, CacheMismatchError, ConfigurationError, HubError, InputError
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
 from hf_corrector.records import FITTED_FILE, FittedTargets
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.corrector_fit import fit_corrector
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
 QUIET = PushOptions(progress=False)
@@ -85,6 +87,26 @@ def test_where_an_encoder_lay_on_this_machine_stays_here() -> None:
     model.note_encoders(stale=replace(FINGERPRINT, name="/home/me/secret/minilm", revision=None), fresh=FRESH)
     assert model.config.stale_encoder is not None and model.config.stale_encoder["name"] == "minilm"
     assert model.config.fresh_encoder is not None and model.config.fresh_encoder["name"] == "other/encoder"
+
+
+def test_what_is_fitted_anew_says_nothing_of_its_encoders(tmp_path: Path) -> None:
+    cache = build(tmp_path / "old", make_plan(), make_vectors())
+    model = make_corrector()
+    with pytest.raises(CacheMismatchError, match="fresh encoder 'third/one'"):
+        write_corrected(model, cache, tmp_path / "no", encoder=replace(FRESH, name="third/one", weights="z" * 32))
+    fit_corrector(model, cache.read(0, 10), make_vectors())
+    assert model.config.stale_encoder is None and model.config.fresh_encoder is None
+    model = make_corrector()
+    model.reset()
+    assert model.config.stale_encoder is None
+
+
+def test_an_encoder_that_was_trained_is_at_no_commit() -> None:
+    model = make_corrector(noted=False)
+    model.note_encoders(stale=FINGERPRINT, fresh=replace(FRESH, revision="abc"), trained=True)
+    assert model.config.stale_encoder is not None and model.config.stale_encoder["revision"] == "abc"
+    assert model.config.fresh_encoder is not None and model.config.fresh_encoder["revision"] is None
+    model.check_encoders("h", fresh=FRESH)
 
 
 def test_a_fitted_corrector_works_on_every_cache_of_its_encoder(hub: Hub, tmp_path: Path) -> None:
@@ -373,3 +395,26 @@ def test_a_trainer_pushes_when_asked_and_refuses_what_would_send_the_run(
         trainer.push_to_hub(blocking=False)
     with pytest.raises(ConfigurationError, match="hub_strategy"):
         arguments(tmp_path / "other", push_to_hub=True, hub_strategy="every_save")
+
+
+def test_the_train_command_pushes_the_model_and_then_its_judgement(tiny_encoder: str, hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "words"
+    (folder / "qrels").mkdir(parents=True)
+    for name, text in (("corpus", "list the files number {}"), ("queries", "how to list {}")):
+        rows = [{"_id": f"{name[0]}{n}", "text": text.format(n)} for n in range(40)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, numbers in (("train", range(25)), ("test", range(25, 40))):
+        lines = ["query-id\tcorpus-id\tscore", *(f"q{n}\tc{n}\t1" for n in numbers)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    command = ["train", "--data", str(folder), "--model", tiny_encoder, "--max_steps", "3", "--report_to", "none"]
+    command += ["--per_device_train_batch_size", "4", "--corrector_warmup_steps", "1", "--disable_tqdm", "true"]
+    pushing = ["--push_to_hub", "true", "--hub_model_id", "someone/words"]
+    assert main([*command, "--output_dir", str(tmp_path / "out"), *pushing]) == 0
+    assert hub.messages == ["Model save", "Judgement in the model card"]
+    repository = hub.model("someone/words")
+    saved, judged = [repository.commits[oid] for oid in list(repository.commits)[-2:]]
+    assert {name for name in judged if judged[name] != saved.get(name)} == {"README.md"}
+    assert "| stale index |" in judged["README.md"].decode() and "| name | words |" in judged["README.md"].decode()
+    assert judged["README.md"].decode() == (tmp_path / "out" / "README.md").read_text().replace(
+        "PATH_OR_HUB_ID", "someone/words"
+    )

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_corrector.cards import tables
 from hf_corrector.cards.tables import MISSING
-from hf_corrector.records import RunRecord
+from hf_corrector.records import RunRecord, shareable
 from hf_corrector.version import __version__
 
 TAGS = ("target-corrector", "embedding-adapter", "feature-extraction")
@@ -67,7 +67,7 @@ def card_of_run(record: RunRecord, facts: CardFacts | None = None, *, of_encoder
         of_encoder: Whether it is the card of a dual encoder that was trained rather than of the corrector.
     """
     facts = CardFacts() if facts is None else facts
-    corrector, is_encoder = facts.name_encoders(record.corrector), of_encoder
+    corrector, is_encoder = facts.name_encoders(_described(record)), of_encoder
     stale, fresh = _encoder(corrector, "stale_encoder"), _encoder(corrector, "fresh_encoder")
     title = _title(stale, fresh, is_encoder=is_encoder)
     kwargs = {
@@ -123,7 +123,7 @@ def _render(metadata: ModelCardData, kwargs: Mapping[str, Any]) -> str:
 
 def _common(corrector: Mapping[str, Any], facts: CardFacts, *, is_encoder: bool) -> dict[str, Any]:
     return {
-        "is_encoder": is_encoder, "corrector": corrector, "has_corrector": bool(corrector),
+        "is_encoder": is_encoder, "corrector": corrector, "has_corrector": "kind" in corrector,
         "direction": corrector.get("direction", "targets"), "side": corrector.get("side"),
         "encoders": tables.encoders(corrector), "input_dim": corrector.get("input_dim"),
         "output_dim": corrector.get("output_dim"), "described": tables.corrector(corrector),
@@ -135,15 +135,15 @@ def _metadata(
     record: RunRecord, facts: CardFacts, *, title: str, encoders: tuple[dict[str, Any], dict[str, Any]],
     is_encoder: bool,
 ) -> ModelCardData:  # fmt: skip
-    data = tables.data_name(record) or "unknown"
+    data, condition = tables.data_name(record) or "unknown", "fresh" if is_encoder else "corrected"
     results = [
         EvalResult(
             task_type="information-retrieval", task_name="Information Retrieval", dataset_type=data, dataset_name=data,
-            dataset_split=record.arguments.get("judged_split"),
-            metric_type=name, metric_name=f"{tables.metric_name(name)}, corrected", metric_value=one["estimate"],
+            dataset_split=record.arguments.get("judged_split"), metric_type=name,
+            metric_name=f"{tables.metric_name(name)}, {tables.CONDITIONS[condition]}", metric_value=one["estimate"],
             metric_args={"low": one["low"], "high": one["high"], "interval": "95 %"},
         )
-        for name, one in record.evaluation.get("intervals", {}).get("corrected", {}).items()
+        for name, one in record.evaluation.get("intervals", {}).get(condition, {}).items()
     ]  # fmt: skip
     return ModelCardData(
         library_name="hf_corrector", tags=list(TAGS), pipeline_tag="feature-extraction", license=facts.license,
@@ -159,6 +159,13 @@ def _bases(encoders: tuple[dict[str, Any], dict[str, Any]], is_encoder: bool) ->
     known = list(dict.fromkeys([*came, *named]))
     # Of an encoder trained here, the fresh one is the card's own.
     return {"base_model": known, "base_model_relation": "finetune" if is_encoder else "adapter"} if known else {}
+
+
+def _described(record: RunRecord) -> dict[str, Any]:
+    """Return what the corrector says of itself; the old encoder is that of the cache where it says nothing."""
+    if "stale_encoder" in record.corrector or not record.manifests:
+        return record.corrector
+    return {**record.corrector, "stale_encoder": shareable(record.manifests[0]["fingerprint"])}
 
 
 def _encoder(corrector: Mapping[str, Any], name: str) -> dict[str, Any]:

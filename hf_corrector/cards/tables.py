@@ -10,7 +10,7 @@ from hf_corrector.metrics import parse_metric
 from hf_corrector.records import RunRecord
 
 MISSING = "*missing: not recorded*"
-_CONDITIONS = {"old": "old model kept", "stale": "stale index", "corrected": "corrected", "fresh": "full re-embed"}
+CONDITIONS = {"old": "old model kept", "stale": "stale index", "corrected": "corrected", "fresh": "full re-embed"}
 _WRITTEN = {"mrr": "MRR", "ndcg": "nDCG"}
 _FINGERPRINT = {
     "name": "name", "revision": "revision", "weights": "weights", "tokenizer": "tokenizer", "prompt": "prompt",
@@ -54,7 +54,7 @@ def results(record: RunRecord) -> str:
         return MISSING
     metrics = list(next(iter(intervals.values())))
     rows = [
-        [_CONDITIONS.get(name, name), *(_spread(found.get(metric)) for metric in metrics)]
+        [CONDITIONS.get(name, name), *(_spread(found.get(metric)) for metric in metrics)]
         for name, found in intervals.items()
     ]
     recovery = evaluation.get("recovery", {})
@@ -168,7 +168,7 @@ def encoders(found: Mapping[str, Any]) -> str:
 
 def corrector(found: Mapping[str, Any]) -> str:
     """Say in a few words what map it is."""
-    if not found:
+    if "kind" not in found:
         return MISSING
     reads = f", which also reads the targets' {found['side']}" if found.get("side") else ""
     length = "of unit length" if found.get("normalize_output") else "not normalised"

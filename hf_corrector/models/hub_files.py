@@ -13,7 +13,7 @@ from hf_corrector._files import read_json
 from hf_corrector._hub import PushOptions, Upload, fetch, push
 from hf_corrector._untrusted import check_files, inside
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.records import FITTED_FILE
+from hf_corrector.records import FITTED_FILE, shareable
 
 CARD_FILE = "README.md"
 # Stands in a card for where the model can be loaded from, until it is pushed there.
@@ -125,13 +125,6 @@ def push_folder(
         files[CARD_FILE] = card.text.replace(PLACEHOLDER, repo_id).encode()
     kept = (CARD_FILE,) if card is not None and not card.replaces else ()
     return push(Upload(files, "Upload model", owned=patterns, kept=kept), repo_id, options=options)
-
-
-def shareable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a fingerprint; of an encoder that lies in a folder only the folder's own name."""
-    if fingerprint.get("revision") is not None:
-        return dict(fingerprint)
-    return {**fingerprint, "name": PurePath(str(fingerprint.get("name", ""))).name}
 
 
 def _shareable_note(note: Any) -> bytes:

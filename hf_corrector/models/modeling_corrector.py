@@ -136,6 +136,7 @@ class CorrectorModel(StoredCorrector):
         """Go back to the identity, as after a refresh of the cache."""
         for module in self.modules():
             self._init_weights(module)
+        self.forget_encoders()
 
     @torch.no_grad()
     def load_parameters(self, parameters: dict[str, torch.Tensor]) -> None:
@@ -159,6 +160,7 @@ class CorrectorModel(StoredCorrector):
                 )
             self.register_buffer(name, value.clone(memory_format=torch.contiguous_format))
         self._note_sizes()
+        self.forget_encoders()
 
     def _note_sizes(self) -> None:
         """Bring the configuration up to the sizes a fit decided, so that a saved corrector loads."""

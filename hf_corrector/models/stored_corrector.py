@@ -11,8 +11,8 @@ from hf_corrector._hub import PushOptions
 from hf_corrector.cards import card_of_corrector
 from hf_corrector.errors import CacheMismatchError
 from hf_corrector.models.configuration_corrector import CorrectorConfig
-from hf_corrector.models.hub_files import CORRECTOR_FILES, Card, checked, push_saved, shareable
-from hf_corrector.records import EncoderFingerprint
+from hf_corrector.models.hub_files import CORRECTOR_FILES, Card, checked, push_saved
+from hf_corrector.records import EncoderFingerprint, shareable
 
 
 class StoredCorrector(PreTrainedModel):
@@ -65,11 +65,23 @@ class StoredCorrector(PreTrainedModel):
         return loaded if wants_info else model
 
     def note_encoders(
-        self, *, stale: EncoderFingerprint, fresh: EncoderFingerprint, direction: str = "targets"
+        self, *, stale: EncoderFingerprint, fresh: EncoderFingerprint, direction: str = "targets", trained: bool = False
     ) -> None:
-        """Write into the configuration between which encoders it leads; where on this machine they lie is left out."""
-        self.config.stale_encoder, self.config.fresh_encoder = shareable(stale.to_dict()), shareable(fresh.to_dict())
-        self.config.direction = direction
+        """Write into the configuration between which encoders it leads; where on this machine they lie is left out.
+
+        Args:
+            stale: The encoder of the vectors it was fitted to.
+            fresh: The encoder whose queries it serves, with its fingerprint for targets.
+            direction: Which of the two it moves, see :class:`CorrectorConfig`.
+            trained: Whether the fresh encoder has been trained since it came from the Hub, and so is at no commit.
+        """
+        noted = shareable(fresh.to_dict())
+        self.config.stale_encoder, self.config.direction = shareable(stale.to_dict()), direction
+        self.config.fresh_encoder = {**noted, "revision": None} if trained else noted
+
+    def forget_encoders(self) -> None:
+        """Say nothing of encoders any more, as when it is fitted anew: to which ones, whoever fits it knows."""
+        self.config.stale_encoder = self.config.fresh_encoder = None
 
     def check_encoders(
         self, where: str, *, stale: EncoderFingerprint | None = None, fresh: EncoderFingerprint | None = None

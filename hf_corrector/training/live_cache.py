@@ -272,8 +272,8 @@ class LiveCache:
     def note_encoders(self) -> None:
         """Let the corrector say, before it is saved, between which encoders it leads."""
         if self.online is not None:
-            fresh = self._model.fingerprint("target")
-            self.online.corrector.note_encoders(stale=self.cache.fingerprint, fresh=fresh)
+            stale, fresh = self.cache.fingerprint, self._model.fingerprint("target")
+            self.online.corrector.note_encoders(stale=stale, fresh=fresh, trained=fresh.weights != stale.weights)
 
     def note_fitted(self, folder: Path) -> None:
         """Write beside a saved corrector what it was fitted to, if one is trained."""
