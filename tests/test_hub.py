@@ -231,6 +231,7 @@ def test_a_folder_that_is_nothing_known_is_refused(
 def test_a_cache_comes_back_whole_and_alone(hub: Hub, tmp_path: Path) -> None:
     """Of a repository that holds more, only what the manifest names is downloaded."""
     cache = build(tmp_path / "cache", make_plan(), make_vectors())
+    assert main(["push", str(cache.path), "someone/vectors", "--quiet", "--license", "mit"]) == 1
     assert main(["push", str(cache.path), "someone/vectors", "--quiet"]) == 0
     repository = hub.dataset("someone/vectors")
     pickled = {"evil.bin": b"pickle", "more.safetensors": b"more"}

@@ -140,7 +140,8 @@ def corrector_of_cache(
     """
     corrector = CorrectorModel.from_pretrained(name)
     fitted = FittedTargets.load(checked(name, CORRECTOR_FILES, {}).folder)
-    if fitted is not None and fitted.direction not in directions:
+    direction = corrector.config.direction if fitted is None else fitted.direction
+    if direction not in directions:
         raise ConfigurationError(
             name, expected="a corrector of targets", got="one that maps new queries to the old index",
             cure="Leave the cache as it is and search it with 'hf-corrector search --corrector'; or fit a corrector of "

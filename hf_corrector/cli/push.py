@@ -75,6 +75,11 @@ def run(argv: list[str]) -> int:
     facts = CardFacts(arguments.license, tuple(arguments.dataset or ()), tuple(arguments.language or ()))
     found = recognise(Path(arguments.path))
     if found.kind == "cache":
+        if facts != CardFacts():
+            raise ConfigurationError(
+                "--license, --dataset, --language", expected="a model", got=f"a cache in {found.folder}",
+                cure="Leave them out, and edit the card of the data set on the Hub.",
+            )  # fmt: skip
         address = TargetCache.open(found.folder).push_to_hub(arguments.repo_id, options=options)
     else:
         patterns = CORRECTOR_FILES if found.kind == "corrector" else DUAL_ENCODER_FILES

@@ -147,7 +147,8 @@ def _check_encoder(where: str, role: str, noted: dict[str, Any] | None, given: E
     if own.digest != alike.digest:
         raise CacheMismatchError(
             where, expected=f"a corrector fitted to the {role} encoder {_described(given)}",
-            got=f"one fitted to {_described(own)}, which differs in (its / yours) {'; '.join(own.differences(alike))}",
+            got=f"one fitted to another encoder, {_described(own)}, which differs in (its / yours) "
+            + "; ".join(own.differences(alike)),
             cure="Use the encoders it was fitted to, or fit another corrector.",
         )  # fmt: skip
 

@@ -115,7 +115,6 @@ class DualEncoderTrainer(PublishingTrainer):
         self._resumed_with_cache = False
         self._pairs: PairDataset | None = None
         self._prepared = False
-        self._report: StalenessReport | None = None
 
     # ------------------------------------------------------------------ phases
 
@@ -354,7 +353,7 @@ class DualEncoderTrainer(PublishingTrainer):
         return self._report
 
     def run_record(self) -> RunRecord:
-        """Return what is known of the run so far, with the last judgement, as ``run.json`` and the card show it."""
+        """Return what is known of the run so far, as ``run.json`` and the model card show it."""
         state = RunState(
             self.args, self.live_cache, self.encoder.corrector, self._report, self.cost,
             self.step_log.total_seconds, self.state.log_history, self.scan_said,

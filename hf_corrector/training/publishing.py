@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hf_corrector._distributed import on_main
 from hf_corrector._files import write_text
 from hf_corrector._hub import PushOptions
 from hf_corrector.cards import CardFacts, card_of_run
 from hf_corrector.errors import ConfigurationError
+from hf_corrector.evaluation.staleness import StalenessReport
 from hf_corrector.models.hub_files import CARD_FILE, CORRECTOR_FOLDER, DUAL_ENCODER_FILES, push_folder
 from hf_corrector.records import RunRecord
 from hf_corrector.training.checkpointing import CheckpointingTrainer
@@ -25,6 +27,12 @@ class PublishingTrainer(CheckpointingTrainer):
 
     card_facts: CardFacts | None = None
     run_context = RunContext()
+    _report: StalenessReport | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, see :meth:`CheckpointingTrainer.train`; an earlier judgement is none of what comes of it."""
+        self._report = None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def run_record(self) -> RunRecord:
         """Return what is known of the run so far; a subclass knows."""
