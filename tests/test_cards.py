@@ -24,6 +24,7 @@ from hf_corrector.encoding import EncodeOptions
 from hf_corrector.errors import InputError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.models import CorrectorConfig, CorrectorModel
+from hf_corrector.records import shareable
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FACTS = CardFacts("apache-2.0", ("someone/words",), ("en",))
@@ -189,7 +190,9 @@ def test_a_report_pushes_itself(report: UpgradeReport, hub: Hub) -> None:
     report.push_to_hub("someone/report", facts=FACTS, options=PushOptions(progress=False))
     card = hub.model("someone/report").files()["README.md"].decode()
     assert card == card_of_run(report.record, FACTS).replace("PATH_OR_HUB_ID", "someone/report")
-    assert FittedCorrector.load("someone/report").fitted == report.corrector.fitted
+    loaded, fitted = FittedCorrector.load("someone/report").fitted, report.corrector.fitted
+    assert fitted.encoder_fingerprint is not None
+    assert loaded == replace(fitted, encoder_fingerprint=shareable(fitted.encoder_fingerprint))
 
 
 @pytest.mark.parametrize("settings", [{}, {"direction": "queries"}, {"side": "matrix", "side_dim": 3}], ids=str)
