@@ -147,7 +147,7 @@ def corrector_of_cache(
             cure="Leave the cache as it is and search it with 'hf-corrector search --corrector'; or fit a corrector of "
             "targets with 'hf-corrector upgrade --direction targets'.",
         )  # fmt: skip
-    if fitted is None and cache.fingerprint.corrected_from is not None:
+    if cache.fingerprint.corrected_from is not None:
         raise CacheMismatchError(
             str(cache.path), expected="vectors an encoder made", got="vectors that are corrected already",
             cure="Leave --corrector out, or name the cache they came from.",
