@@ -14,9 +14,11 @@ from hf_corrector.rag import RetrievalAugmentedConfig, RetrievalAugmentedModel
 from hf_corrector.version import __version__
 
 if TYPE_CHECKING:
+    from hf_corrector._hub import PushOptions
     from hf_corrector.adaptation.adaptive_cache import AdaptiveCache
     from hf_corrector.adaptation.streaming_corrector import StreamingCorrector
     from hf_corrector.cache.target_cache import TargetCache
+    from hf_corrector.cards import CardFacts
     from hf_corrector.corrected_retriever import CorrectedRetriever, RetrieverOptions
     from hf_corrector.data.datasets import RetrievalData, from_pairs, load_retrieval_data
     from hf_corrector.data.stdlib import standard_library_data, standard_library_questions
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from hf_corrector.evaluation.staleness import measure_staleness
     from hf_corrector.exports.numpy_worker import save_for_numpy
     from hf_corrector.exports.sentence_transformer import save_as_sentence_transformer
+    from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
     from hf_corrector.index_upgrade.options import UpgradeOptions
     from hf_corrector.index_upgrade.report import UpgradeReport
     from hf_corrector.index_upgrade.upgrading import upgrade
@@ -79,6 +82,9 @@ _HOMES = {
     "RetrievalAugmentedTrainer": "hf_corrector.rag.rag_trainer",
     "NearestPassages": "hf_corrector.rag.passages",
     "GenerationOptions": "hf_corrector.rag.generation",
+    "FittedCorrector": "hf_corrector.index_upgrade.fitted_corrector",
+    "CardFacts": "hf_corrector.cards",
+    "PushOptions": "hf_corrector._hub",
 }
 
 __all__ = [
@@ -124,6 +130,9 @@ __all__ = [
     "RetrievalAugmentedTrainer",
     "NearestPassages",
     "GenerationOptions",
+    "FittedCorrector",
+    "CardFacts",
+    "PushOptions",
     "__version__",
 ]
 

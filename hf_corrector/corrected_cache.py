@@ -31,7 +31,7 @@ from hf_corrector.side_features import SideFeatures
 # Large enough that a product of matrices runs at full speed, small enough that what follows it hits the same caches.
 DEFAULT_CHUNK_ROWS = 2048
 DEFAULT_SHARD_ROWS = 65_536
-_NO_PART_OF_THE_MAP = ("model_type", "fit_summary")
+_NO_PART_OF_THE_MAP = ("model_type", "fit_summary", "stale_encoder", "fresh_encoder", "direction")
 _AHEAD = 2
 Item = TypeVar("Item")
 
@@ -177,7 +177,8 @@ def check_applicable(
 
     Raises:
         ConfigurationError: If sizes, side features, role or normalisation do not fit, or nothing would be corrected.
-        CacheMismatchError: If the cache holds corrected vectors already.
+        CacheMismatchError: If the cache holds corrected vectors already, or the corrector says that it leads between
+            other encoders; names both.
     """
     config, where = corrector.config, "corrected cache"
     if config.input_dim != cache.dim or config.kind == "identity":
@@ -202,6 +203,8 @@ def check_applicable(
             str(cache.path), expected="vectors an encoder made", got="corrected ones",
             cure="Correct the cache they came from, whose errors do not add up.",
         )  # fmt: skip
+    if config.stale_encoder is not None:
+        corrector.check_encoders(f"corrector for {cache.path}", stale=cache.fingerprint, fresh=encoder)
 
 
 def corrected_fingerprint(

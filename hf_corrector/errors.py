@@ -11,6 +11,7 @@ The tree::
     │   ├── CacheMismatchError            the vectors were made by another encoder or from other texts
     │   └── CacheIncompleteError          the build did not finish
     ├── CheckpointError(RuntimeError)     a training checkpoint cannot be resumed from
+    ├── HubError(OSError)                 the Hub cannot be reached, refuses, or lacks what was asked for
     ├── DistributedError(RuntimeError)    another process of the run is gone, late or has failed
     └── MissingDependencyError(ImportError)   an optional package is not installed
 
@@ -73,6 +74,10 @@ class CacheIncompleteError(CacheError):
 
 class CheckpointError(HFCorrectorError, RuntimeError):
     """A training checkpoint cannot be resumed from."""
+
+
+class HubError(HFCorrectorError, OSError):
+    """The Hub cannot be reached, refuses, or lacks what was asked for."""
 
 
 class DistributedError(HFCorrectorError, RuntimeError):

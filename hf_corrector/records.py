@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from hf_corrector._files import hash_strings, read_json, write_json
@@ -143,6 +144,16 @@ class FittedTargets:
         return cls(**{**value, "rows": rows, "ids": None if ids is None else tuple(ids)})
 
 
+def shareable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a fingerprint for others' eyes: of an encoder in a folder only the folder's own name.
+
+    What came from the Hub is known by its revision; names are not compared.
+    """
+    if fingerprint.get("revision") is not None:
+        return dict(fingerprint)
+    return {**fingerprint, "name": PurePath(str(fingerprint.get("name", ""))).name}
+
+
 def checked_fields(cls: type[Any], value: Any, *, where: str) -> dict[str, Any]:
     """Return ``value`` if its keys are fields of the dataclass ``cls`` and no required one is missing.
 
@@ -206,6 +217,7 @@ class RunRecord:
         verdict: What follows from it: the sentence, and where a decision was asked for that and its thresholds.
         examples: A few judged queries with their results, see :mod:`hf_corrector.evaluation.examples`; these are the
             only texts of queries and targets in a record.
+        corrector: What the corrector says of itself, where one was fitted: kind, sizes, both encoders.
         created: Unix time of the record.
         machine: Processor.
     """
@@ -223,6 +235,7 @@ class RunRecord:
     rows: list[dict[str, Any]] = field(default_factory=list)
     verdict: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, Any] = field(default_factory=dict)
+    corrector: dict[str, Any] = field(default_factory=dict)
     created: float = field(default_factory=time.time)
     machine: str = field(default_factory=describe_machine)
 

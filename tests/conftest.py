@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hub_stand_in import Handler, Hub
 from model_helpers import save_bert
 
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
@@ -15,6 +16,14 @@ from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny BERT with random weights and a real fast tokenizer; do not write into it."""
     return save_bert(tmp_path_factory.mktemp("encoder") / "tiny-bert")
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """An empty Hub on this machine, see hub_stand_in."""
+    Handler.hub = Hub()
+    yield Handler.hub
+    Handler.hub = Hub()
 
 
 @pytest.fixture

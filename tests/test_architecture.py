@@ -18,8 +18,9 @@ ROOT = PACKAGE.parent
 # A module imports only units before its own, or modules of its own folder. Units of one line are islands, or parts of
 # one level: the modules of an island never import another island, all other units of a line may import those before.
 ORDER = """
-ground      version errors _files _distributed _extras _progress records numpy_corrector
+ground      version errors _files _distributed _extras _hub _untrusted _progress records numpy_corrector
 pure        batching metrics answers sampling losses learning_curves side_features fitting pair_choice drift_detection
+text        cards
 islands     models cache index data
 bridges     shared_writing encoding corrected_targets overlaid_targets corrected_cache corrected_arrays exports
 retrieval   affine_view search_strategies corrected_retriever
@@ -101,9 +102,10 @@ def test_nobody_imports_the_leaves_or_the_package_itself() -> None:
     assert wrong == []
 
 
-def test_corrector_model_can_be_shared_by_itself() -> None:
+def test_corrector_model_is_its_map_and_nothing_else() -> None:
+    """Of this package it needs its configuration, and the base class that reads and writes folders."""
     found = {name for _, name in own_imports(PACKAGE / "models" / "modeling_corrector.py")}
-    assert found == {"models.configuration_corrector.CorrectorConfig"}
+    assert found == {"models.configuration_corrector.CorrectorConfig", "models.stored_corrector.StoredCorrector"}
     assert list(own_imports(PACKAGE / "models" / "configuration_corrector.py")) == []
 
 
@@ -124,7 +126,7 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wheel_holds_every_module_and_the_type_marker(tmp_path: Path) -> None:
+def test_wheel_holds_every_module_the_template_of_cards_and_the_type_marker(tmp_path: Path) -> None:
     copy = tmp_path / "source"
     shutil.copytree(PACKAGE, copy / "hf_corrector", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -137,5 +139,5 @@ def test_wheel_holds_every_module_and_the_type_marker(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("hf_corrector/")}
     ours = {path.relative_to(copy).as_posix() for path in (copy / "hf_corrector").rglob("*") if path.is_file()}
-    assert "hf_corrector/py.typed" in packed
+    assert {"hf_corrector/py.typed", "hf_corrector/cards/card.md.jinja"} <= packed
     assert packed == ours

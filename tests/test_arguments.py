@@ -67,7 +67,7 @@ def test_every_kind_of_staleness_is_accepted(staleness: str, tmp_path: Path) -> 
         ("relative_margin", 1.1), ("range_min", -1), ("given_negatives", -1), ("distillation_weight", -0.5),
         ("distillation_temperature", 0.0), ("mini_batch_size", 0), ("rerank_candidates", 0), ("scan_budget", 1.5),
         ("scan_refresh_steps", 0), ("scan_pool", 0), ("scan_shortlist", 0), ("scan_memory_gb", -1.0),
-        ("scan_dtype", "float16"), ("refresh_steps", "often"), ("remove_unused_columns", True), ("push_to_hub", True),
+        ("scan_dtype", "float16"), ("refresh_steps", "often"), ("remove_unused_columns", True),
         ("per_device_train_batch_size", 0), ("learning_rate", -1.0),
     ],
 )  # fmt: skip

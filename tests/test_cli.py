@@ -145,7 +145,7 @@ def test_a_corrector_of_other_vectors_is_refused(
     assert main(["embed", "--data", str(folder), "--model", str(trained), "--output_dir", cache, "--quiet"]) == 0
     corrector = ["--corrector", str(trained / "corrector"), "--query", "sort"]
     assert main(["search", "--cache", cache, "--model", str(trained), *corrector]) == 1
-    assert "the corrector of this cache" in capsys.readouterr().err
+    assert "a corrector fitted to the stale encoder" in capsys.readouterr().err
     assert main(["search", "--cache", str(trained / "cache"), "--model", tiny_encoder, *corrector]) == 1
     assert "to another encoder" in capsys.readouterr().err
     assert main(["search", "--cache", cache, "--model", str(trained), "--corrector", str(trained), "--query", "a"]) == 1
@@ -237,8 +237,9 @@ def test_apply_writes_a_cache_that_the_new_encoder_searches_and_no_one_takes_for
     lines = re.compile(r"^ +\d\. .*$", flags=re.MULTILINE)
     assert lines.findall(direct) == lines.findall(on_the_fly) != []
     for more, words in (
-        (["--model", tiny_encoder], "weights"), (["--model", str(trained), "--corrector", corrector], "another than"),
-    ):  # fmt: skip
+        (["--model", tiny_encoder], "weights"),
+        (["--model", str(trained), "--corrector", corrector], "corrected already"),
+    ):
         status, shown = search("--cache", new, *more)
         assert status == 1 and words in shown
     assert main(["embed", "--data", str(folder), "--model", str(trained), "--output_dir", new, "--update"]) == 1
@@ -291,13 +292,27 @@ def test_apply_needs_to_know_the_encoder(trained: Path, tmp_path: Path, capsys: 
     damaged = {**note["encoder_fingerprint"], "prompt": "x"}
     for changes, words in (
         ({"encoder_fingerprint": None}, "--model"), ({"encoder_fingerprint": damaged}, "the fingerprint of"),
-        ({"cache": "0" * 16}, "the corrector of this cache"),
     ):  # fmt: skip
         (corrector / "fitted_targets.json").write_text(json.dumps({**note, **changes}))
         assert main([*apply, "--output_dir", str(tmp_path / "new")]) == 1
         assert words in capsys.readouterr().err
     (corrector / "fitted_targets.json").write_text(json.dumps({**note, "encoder_fingerprint": None}))
     assert main([*apply, "--output_dir", str(tmp_path / "new"), "--model", str(trained)]) == 0
+
+
+def test_a_corrector_fits_other_caches_of_its_encoder_if_it_says_which_that_is(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corrector = tmp_path / "corrector"
+    shutil.copytree(trained / "corrector", corrector)
+    note = json.loads((corrector / "fitted_targets.json").read_text())
+    (corrector / "fitted_targets.json").write_text(json.dumps({**note, "cache": "0" * 16}))
+    apply = ["apply", "--corrector", str(corrector), "--cache", str(trained / "cache"), "--quiet", "--output_dir"]
+    assert main([*apply, str(tmp_path / "new")]) == 0
+    config = json.loads((corrector / "config.json").read_text())
+    (corrector / "config.json").write_text(json.dumps({**config, "stale_encoder": None}))
+    assert main([*apply, str(tmp_path / "newer")]) == 1
+    assert "the corrector of this cache" in capsys.readouterr().err
 
 
 def test_no_secret_reaches_the_record() -> None:

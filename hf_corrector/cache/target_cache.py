@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,10 @@ import numpy.typing as npt
 import torch
 from tqdm.auto import tqdm
 
+from hf_corrector._hub import PushOptions
 from hf_corrector.cache.entries import DATA_START, DTYPES, ShardEntry
 from hf_corrector.cache.folder_lock import locked
+from hf_corrector.cache.hub_copies import fetch_cache, push_cache
 from hf_corrector.cache.ids import PackedIds
 from hf_corrector.cache.manifest import CacheManifest, PlanRecord, check_fingerprint
 from hf_corrector.cache.row_files import map_rows, runs
@@ -131,6 +134,31 @@ class TargetCache:
             for shard in writer.pending_shards():
                 writer.write_shard(shard.index, vectors[shard.start : shard.stop])
             return writer.finish()
+
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, *, revision: str | None = None, expected: EncoderFingerprint | None = None,
+        token: str | None = None,
+    ) -> TargetCache:  # fmt: skip
+        """Open a cache of the Hub: download what its manifest names, and check every byte of it.
+
+        Raises:
+            HubError: If there is no such cache, or the Hub cannot be reached.
+            CacheError: As :meth:`open` does.
+        """
+        return cls.open(fetch_cache(repo_id, revision, token), expected=expected, verify="full")
+
+    def push_to_hub(self, repo_id: str, *, options: PushOptions | None = None, **settings: Any) -> str:
+        """Push it as a data set repository, in one commit; ``settings`` are fields of :class:`PushOptions`.
+
+        What the Hub already has is not sent again; a push that was cut off is finished by the same call. Side features
+        and overlays stay here. The manifest names the encoder as the cache does, one in a folder by its path.
+
+        Returns:
+            Address of the commit, or of the pull request (HubError if the Hub cannot be reached or refuses).
+        """
+        chosen = replace(PushOptions() if options is None else options, **settings)
+        return push_cache(self.path, self.manifest, repo_id, chosen)
 
     @property
     def dim(self) -> int:

@@ -26,7 +26,6 @@ from hf_corrector.cli.common import (
     load_corrector,
     load_data,
     parser,
-    plain_arguments,
     quieten,
     side_of,
 )
@@ -45,6 +44,7 @@ from hf_corrector.index.base import TargetVectors
 from hf_corrector.index_upgrade.vector_upgrade import fresh_array
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.records import COSTS, EncoderFingerprint, FittedTargets, RunRecord
+from hf_corrector.training.run_record import plain_arguments
 
 EXAMPLES = """\
   hf-corrector apply --corrector out/corrector --cache out/cache --output_dir corrected

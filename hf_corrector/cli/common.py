@@ -12,7 +12,6 @@ from typing import Any, cast
 import datasets
 import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
-from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_corrector._extras import demo_encoder
@@ -26,12 +25,12 @@ from hf_corrector.data.stdlib import standard_library_data
 from hf_corrector.encoding import EncodeOptions
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError, InputError
 from hf_corrector.models.configuration_dual_encoder import POOLINGS, DualEncoderConfig
+from hf_corrector.models.hub_files import CORRECTOR_FILES, checked
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.sentence_transformers_format import read_repository_json
-from hf_corrector.records import RECORD_FILE, FittedTargets, RunRecord
+from hf_corrector.records import RECORD_FILE, FittedTargets
 from hf_corrector.side_features import SideFeatures
-from hf_corrector.training.cache_trainer import CacheTrainer
 from hf_corrector.training.checks import check_made_by
 
 STDLIB = "stdlib"
@@ -136,6 +135,8 @@ def load_corrector(
     if name is None:
         return None, None
     corrector, fitted = corrector_of_cache(name, cache, directions=directions)
+    if corrector.config.fresh_encoder is not None:
+        corrector.check_encoders(name, fresh=model.fingerprint("target"))
     if fitted is not None and fitted.encoder != model.fingerprint("target").digest:
         raise CacheMismatchError(
             name, expected=f"a corrector for queries of {model.config.name_or_path}",
@@ -151,19 +152,22 @@ def corrector_of_cache(
 
     A corrector stays right when rows are added and deleted, as all vectors of a cache come from one encoder; the rows
     it was fitted on are found again by their ids. Where their ids were not noted, nothing is known of them any more.
+    The same holds of another cache by the encoder it was fitted to.
 
     Raises:
-        CacheMismatchError: If the note says it leads from another cache, or the cache holds corrected vectors already.
+        CacheMismatchError: If it leads from vectors of another encoder, or the cache holds corrected vectors already.
         ConfigurationError: If it works in none of the ``directions``.
     """
-    corrector, fitted = CorrectorModel.from_pretrained(name), FittedTargets.load(Path(name))
-    if fitted is not None and fitted.direction not in directions:
+    corrector = CorrectorModel.from_pretrained(name)
+    fitted = FittedTargets.load(checked(name, CORRECTOR_FILES, {}).folder)
+    direction = corrector.config.direction if fitted is None else fitted.direction
+    if direction not in directions:
         raise ConfigurationError(
             name, expected="a corrector of targets", got="one that maps new queries to the old index",
             cure="Leave the cache as it is and search it with 'hf-corrector search --corrector'; or fit a corrector of "
             "targets with 'hf-corrector upgrade --direction targets'.",
         )  # fmt: skip
-    if fitted is None and cache.fingerprint.corrected_from is not None:
+    if cache.fingerprint.corrected_from is not None:
         raise CacheMismatchError(
             str(cache.path), expected="vectors an encoder made", got="vectors that are corrected already",
             cure="Leave --corrector out, or name the cache they came from.",
@@ -171,10 +175,12 @@ def corrector_of_cache(
     if fitted is None or fitted.cache == cache.manifest.checksum:
         return corrector, fitted
     if fitted.cache not in cache.manifest.lineage:
-        raise CacheMismatchError(
-            name, expected="the corrector of this cache", got=f"one that was fitted to another than {cache.path}",
-            cure="Name the cache it was fitted to; after a refresh that is the newest cache-NNNN of the run.",
-        )  # fmt: skip
+        if corrector.config.stale_encoder is None:
+            raise CacheMismatchError(
+                name, expected="the corrector of this cache", got=f"one that was fitted to another than {cache.path}",
+                cure="Name the cache it was fitted to; after a refresh that is the newest cache-NNNN of the run.",
+            )  # fmt: skip
+        corrector.check_encoders(name, stale=cache.fingerprint)
     if fitted.ids is None:
         return corrector, None
     rows = cache.ids.find(fitted.ids)
@@ -243,44 +249,6 @@ def new_output_folder(name: str) -> Path:
         )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def plain_arguments(values: Any) -> dict[str, Any]:
-    """Return arguments as JSON values, for a run's record."""
-    # TrainingArguments writes its own dictionary because it knows which of its fields are secrets.
-    given = values.to_dict() if isinstance(values, TrainingArguments) else dict(vars(values))
-    return {name: value if _is_plain(value) else str(value) for name, value in sorted(given.items())}
-
-
-def training_record(trainer: CacheTrainer, what: Any, seconds: dict[str, float], measured: int) -> RunRecord:
-    """Return the record of a training that was judged, without command and judgement.
-
-    Args:
-        trainer: After training.
-        what: What was trained, whose fields are arguments too.
-        seconds: Time by phase.
-        measured: Passes that only the judgement needed.
-    """
-    live, args = trainer.live_cache, trainer.args
-    manifests = [] if live is None else [live.first.manifest.to_dict(), live.cache.manifest.to_dict()]
-    phases = {f"train_{name}": spent for name, spent in trainer.step_log.total_seconds.items()}
-    history = [{key: value for key, value in entry.items() if _is_number(value)} for entry in trainer.state.log_history]
-    return RunRecord(
-        command="", seed=args.seed,
-        arguments={**plain_arguments(what), **plain_arguments(args), "scan_chosen": trainer.scan_said},
-        cost={**trainer.cost, "measurement_target_passes": measured}, timing={**seconds, **phases},
-        manifests=manifests, history=history,
-    )  # fmt: skip
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and value == value and abs(value) != float("inf")
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, float):
-        return value == value and abs(value) != float("inf")
-    return value is None or isinstance(value, bool | int | str)
 
 
 def quieten(*, quiet: bool) -> bool:

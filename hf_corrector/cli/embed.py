@@ -20,13 +20,13 @@ from hf_corrector.cli.common import (
     add_model_arguments,
     load_data,
     parser,
-    plain_arguments,
     quieten,
 )
 from hf_corrector.encoding import DEFAULT_SHARD_ROWS, CacheBuild, EncodeOptions, build_cache, update_cache
 from hf_corrector.errors import DataError, InputError
 from hf_corrector.records import COSTS, RECORD_FILE, RunRecord
 from hf_corrector.side_features import DenseSide
+from hf_corrector.training.run_record import plain_arguments
 
 EXAMPLES = """\
   hf-corrector embed --data my_beir_folder --model intfloat/e5-base-v2 --output_dir cache

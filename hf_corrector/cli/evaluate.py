@@ -25,7 +25,6 @@ from hf_corrector.cli.common import (
     load_old_model,
     new_output_folder,
     parser,
-    plain_arguments,
     quieten,
     side_of,
 )
@@ -37,6 +36,7 @@ from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.examples import judged_examples
 from hf_corrector.evaluation.staleness import Conditions, measure_staleness
 from hf_corrector.records import COSTS, FittedTargets, RunRecord
+from hf_corrector.training.run_record import plain_arguments
 
 EXAMPLES = """\
   hf-corrector evaluate --cache cache --model out --corrector out/corrector --data my_beir_folder --output_dir judged

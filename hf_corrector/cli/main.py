@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": "check every byte of a cache",
     "report": "render the records of runs into one HTML page",
     "apply": "write the corrected vectors of a cache into another one",
+    "push": "put a corrector, a dual encoder or a cache on the Hub",
 }
 
 
@@ -83,6 +84,8 @@ def _run(command: str, arguments: list[str]) -> int:
             from hf_corrector.cli.report import run
         case "apply":
             from hf_corrector.cli.apply import run
+        case "push":
+            from hf_corrector.cli.push import run
         case _:
             from hf_corrector.cli.verify import run
     return run(arguments)

@@ -27,7 +27,6 @@ from hf_corrector.cli.common import (
     load_old_model,
     new_output_folder,
     parser,
-    plain_arguments,
     quieten,
 )
 from hf_corrector.data.retrieval import RetrievalData, column, positives_as_rows
@@ -54,6 +53,7 @@ from hf_corrector.planning.probe import (
 from hf_corrector.planning.rehearsal import rehearsed_exponent
 from hf_corrector.planning.worst_first import ResidualPredictor, cross_fitted_residuals, worst_first
 from hf_corrector.records import COSTS, RunRecord
+from hf_corrector.training.run_record import plain_arguments
 
 EXAMPLES = """\
   hf-corrector plan --cache cache --model my-finetuned-encoder --data my_beir_folder --probe 500 --output_dir planned

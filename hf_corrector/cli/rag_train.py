@@ -19,7 +19,6 @@ from hf_corrector.cli.common import (
     judged_split,
     new_output_folder,
     quieten,
-    training_record,
 )
 from hf_corrector.cli.questions import QUESTIONS_HELP, load_questions, load_reader, some_questions
 from hf_corrector.data.retrieval import RetrievalData
@@ -30,6 +29,7 @@ from hf_corrector.rag.evaluation import ReadingJudgement, judge_trained, reading
 from hf_corrector.rag.question_data import first_answers
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
+from hf_corrector.training.run_record import RunContext, plain_arguments
 
 EXAMPLES = """\
 examples:
@@ -161,11 +161,12 @@ def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments)
     trainer.save_model()
     judged = time.time()
     judgement = judge_trained(trainer, split, options=reading_options(args, language=what.language))
-    record = training_record(trainer, what, {
+    timing = {
         "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
         "judge": time.time() - judged, "total": time.time() - started,
-    }, measured)  # fmt: skip
-    whole = replace(record, command="rag-train", evaluation=judgement.to_dict())
+    }  # fmt: skip
+    trainer.run_context = RunContext("rag-train", plain_arguments(what), timing, measured)
+    whole = replace(trainer.run_record(), evaluation=judgement.to_dict())
     on_main("writing run.json", lambda: whole.save(out))
     return judgement
 

@@ -100,7 +100,7 @@ def _retriever(
     options = RetrieverOptions(
         snapshot="none", shortlist=arguments.shortlist, certify=arguments.certify, factory=factory or None,
         parameters=parameters, device=arguments.device, fitted=fitted,
-        direction="targets" if fitted is None else fitted.direction,
+        direction=corrector.config.direction if fitted is None else fitted.direction,
     )  # fmt: skip
     side = side_of(cache, corrector, fitted)
     return CorrectedRetriever(cache, corrector, side=side, backend=backend, options=options)

@@ -19,7 +19,6 @@ from hf_corrector.cli.common import (
     load_data,
     new_output_folder,
     quieten,
-    training_record,
 )
 from hf_corrector.data.retrieval import RetrievalData, positives_as_rows
 from hf_corrector.errors import ConfigurationError, DataError, HFCorrectorError
@@ -28,6 +27,7 @@ from hf_corrector.evaluation.examples import judged_examples
 from hf_corrector.evaluation.staleness import StalenessReport
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
+from hf_corrector.training.run_record import RunContext, plain_arguments
 
 EXAMPLES = """\
 examples:
@@ -97,6 +97,9 @@ def train_and_judge(
     trainer = DualEncoderTrainer(
         what.load(progress=progress), args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
     )
+    trainer.run_context = RunContext(
+        command, {**plain_arguments(what), "judged_split": "dev" if data.test is None else "test"}
+    )
     trainer.hold_out(split)
     prepared = time.time()
     trainer.prepare()
@@ -116,16 +119,17 @@ def train_and_judge(
         old_model=what.load(progress=progress),
         options=JudgeOptions(seed=args.seed, device=args.device, progress=progress),
     )
-    record = training_record(trainer, what, {
+    timing = {
         "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
         "judge": time.time() - judged, "total": time.time() - started,
-    }, measured)  # fmt: skip
-    evaluation, fidelity = report.to_dict(), report.fidelity_dict()
-    whole = replace(
-        record, command=command, evaluation=evaluation, fidelity=fidelity,
-        verdict={"sentence": report.judgement.sentence()}, examples=_examples(report, data, what, seed=args.seed),
-    )  # fmt: skip
-    on_main("writing run.json", lambda: whole.save(out))
+    }  # fmt: skip
+    trainer.run_context = replace(trainer.run_context, timing=timing, measured=measured)
+    examples = _examples(report, data, what, seed=args.seed)
+    on_main("writing run.json", lambda: replace(trainer.run_record(), examples=examples).save(out))
+    trainer.write_cards(out)
+    if args.push_to_hub:
+        # What was pushed when the model was saved had not been judged; only the card is sent again.
+        trainer.push_to_hub("Judgement in the model card")
     return report
 
 

@@ -26,10 +26,11 @@ from hf_corrector.errors import DataError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.verdict import Thresholds
 from hf_corrector.index_upgrade.options import DIRECTIONS, FULL_UP_TO, UpgradeOptions
-from hf_corrector.index_upgrade.report import CORRECTOR_FOLDER, FIRST_FILE, UpgradeReport
+from hf_corrector.index_upgrade.report import FIRST_FILE, UpgradeReport
 from hf_corrector.index_upgrade.upgrading import upgrade
 from hf_corrector.metrics import DEFAULT_METRICS
 from hf_corrector.models.configuration_corrector import KINDS
+from hf_corrector.models.hub_files import CORRECTOR_FOLDER
 from hf_corrector.pair_choice import METHODS
 from hf_corrector.side_features import SIDES
 
@@ -95,6 +96,7 @@ def _options(arguments: argparse.Namespace, *, progress: bool) -> UpgradeOptions
         query_log=None if arguments.query_log is None else read_query_log(Path(arguments.query_log)),
         reembed_by_traffic=arguments.reembed_by_traffic, seconds_per_pass=arguments.seconds_per_pass,
         price_per_hour=arguments.price_per_hour,
+        data_name=arguments.data,
         kinds=UpgradeOptions().kinds if arguments.kinds is None else tuple(arguments.kinds), thresholds=Thresholds(
             min_recovery=arguments.min_recovery, non_inferiority=arguments.non_inferiority,
             max_slice_loss=arguments.max_slice_loss,

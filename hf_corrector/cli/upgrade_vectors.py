@@ -16,11 +16,11 @@ from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.verdict import Thresholds
 from hf_corrector.index_upgrade.options import UpgradeOptions
-from hf_corrector.index_upgrade.report import CORRECTOR_FOLDER
 from hf_corrector.index_upgrade.vector_inputs import JudgedVectors
 from hf_corrector.index_upgrade.vector_upgrade import FIRST_ROWS_FILE, VectorUpgradeReport, upgrade_vectors
 from hf_corrector.metrics import DEFAULT_METRICS
 from hf_corrector.models.configuration_corrector import KINDS
+from hf_corrector.models.hub_files import CORRECTOR_FOLDER
 
 EXAMPLES = """\
   hf-corrector upgrade --old vectors.npy --new_sample sample.npy --sample_rows rows.npy --output_dir upgraded

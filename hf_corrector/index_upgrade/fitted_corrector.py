@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hf_corrector._files import read_json, write_json
+from hf_corrector._hub import PushOptions
 from hf_corrector.cache.side_store import open_side, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.cards import card_of_corrector
 from hf_corrector.corrected_cache import ApplyOptions, side_kind, write_corrected
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, InputError
 from hf_corrector.exports.sentence_transformer import Encoder, save_as_sentence_transformer
 from hf_corrector.index_upgrade.corpus_sides import CorpusSide
+from hf_corrector.models.hub_files import CORRECTOR_FILES, UPGRADE_FILE, Card, checked, push_saved
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.records import EncoderFingerprint, FittedTargets
 from hf_corrector.side_features import SideFeatures
-
-UPGRADE_FILE = "upgrade.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +52,14 @@ class FittedCorrector:
         """Write a cache of corrected vectors beside the old one, which is only read.
 
         Args:
-            old_cache: The cache it was fitted to.
+            old_cache: The cache it was fitted to, or another one of the same encoder.
             new_cache: Folder of the new cache.
             side: Side features of all targets, for a corrector that was loaded from a folder and takes any; by default
                 those it has at hand, or that are stored with the cache.
             options: How to write.
 
         Raises:
-            CacheMismatchError: If it was fitted to another cache.
+            CacheMismatchError: If another encoder made the cache than the one it was fitted to; names both.
             ConfigurationError: If it maps queries, so that there is nothing to write.
         """
         if self.direction == "queries":
@@ -67,10 +69,12 @@ class FittedCorrector:
             )  # fmt: skip
         cache = old_cache if isinstance(old_cache, TargetCache) else TargetCache.open(old_cache)
         if self.fitted.cache not in cache.manifest.lineage:
-            raise CacheMismatchError(
-                str(cache.path), expected="the cache the corrector was fitted to", got="another one",
-                cure="Name the old cache, or fit a corrector to this one.",
-            )  # fmt: skip
+            if self.model.config.stale_encoder is None:
+                raise CacheMismatchError(
+                    str(cache.path), expected="the cache the corrector was fitted to", got="another one",
+                    cure="Name the old cache, or fit a corrector to this one.",
+                )  # fmt: skip
+            self.model.check_encoders(f"corrector for {cache.path}", stale=cache.fingerprint)
         given = self._side_for(cache) if side is None else side
         return write_corrected(
             self.model, cache, new_cache, encoder=self.leads_to, side=given, options=options
@@ -139,19 +143,57 @@ class FittedCorrector:
             )  # fmt: skip
         return save_as_sentence_transformer(self.model, path, new_model, document_model=old_model)
 
-    @classmethod
-    def load(cls, folder: str | Path) -> FittedCorrector:
-        """Read what :meth:`save` wrote.
+    def push_to_hub(
+        self, repo_id: str, *, options: PushOptions | None = None, card: str | None = None, **settings: Any
+    ) -> str:
+        """Push the corrector with its notes; side features stay with the cache.
+
+        The notes hold the ids of the targets it was fitted on, by which queries can be told clean.
+
+        Args:
+            repo_id: The repository, made if there is none.
+            options: How to push.
+            card: Its model card, see :func:`~hf_corrector.cards.card_of_run`; by default one of what the corrector says
+                of itself, which does not replace another.
+            settings: Fields of :class:`PushOptions` (``private``, ``create_pr``, ``revision``, ``commit_message``,
+                ``token``), handed to it whole.
+
+        Returns:
+            Address of the commit, or of the pull request.
 
         Raises:
-            InputError: If the folder holds no corrector of an upgrade.
+            HubError: If the Hub cannot be reached or refuses.
         """
-        path = Path(folder)
+        options = replace(PushOptions() if options is None else options, **settings)
+        pushed = Card(card_of_corrector(self.model.describe())) if card is None else Card(card, replaces=True)
+
+        def save(folder: str) -> None:
+            self.with_side(None).save(folder)
+
+        return push_saved(save, repo_id, CORRECTOR_FILES, options=options, card=pushed)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, revision: str | None = None) -> FittedCorrector:
+        """Read what :meth:`save` or a push wrote.
+
+        Args:
+            folder: Folder or Hub id.
+            revision: Hub revision.
+
+        Raises:
+            InputError: If the folder holds no corrector of an upgrade or of training, or a file cannot be trusted.
+            HubError: If there is no such folder or repository.
+        """
+        path = checked(str(folder), CORRECTOR_FILES, {"revision": revision}).folder
         fitted = FittedTargets.load(path)
+        if fitted is not None and fitted.encoder_fingerprint is not None and not (path / UPGRADE_FILE).exists():
+            # Training leaves no other note: it corrects targets, towards the encoder that was trained.
+            leads_to = EncoderFingerprint.from_dict(fitted.encoder_fingerprint)
+            return cls(CorrectorModel.from_pretrained(str(path)), fitted, leads_to, folder=path)
         if fitted is None or not (path / UPGRADE_FILE).is_file():
             raise InputError(
-                str(path), expected="a corrector an upgrade has saved", got=f"no {UPGRADE_FILE}",
-                cure="Name the folder 'corrector' in the output of an upgrade.",
+                str(path), expected="a corrector that an upgrade or a training run has saved",
+                got=f"no {UPGRADE_FILE}", cure="Name the folder 'corrector' in the output of one.",
             )  # fmt: skip
         notes = read_json(path / UPGRADE_FILE)
         if not isinstance(notes, dict) or set(notes) != {"direction", "leads_to"}:

@@ -48,6 +48,7 @@ class UpgradeInputs:
         judged: The queries to judge on: the split, or some of it.
         relevant: For each judged query its relevant target rows and grades.
         notes: What was found odd, one sentence each.
+        data_name: What the data are called; None where that is not known.
     """
 
     cache: TargetCache
@@ -58,11 +59,17 @@ class UpgradeInputs:
     judged: Dataset
     relevant: list[dict[int, float]]
     notes: tuple[str, ...]
+    data_name: str | None = None
 
     @property
     def positives(self) -> npt.NDArray[np.int64]:
         """Rows that answer a judged query, ascending, ``(n,)``."""
         return np.unique(np.fromiter((row for known in self.relevant for row in known), dtype=np.int64))
+
+    @property
+    def split_name(self) -> str:
+        """What the split that is judged on is called."""
+        return next(name for name, one in self.data.splits.items() if one is self.split)
 
     @property
     def same_size(self) -> bool:
@@ -100,7 +107,8 @@ def load_inputs(
         _check_made_by(cache, old)
         notes += [] if isinstance(old_model, DualEncoderModel) else _assumed(str(old_model), old)
     relevant = positives_as_rows(judged, found.corpus)
-    return UpgradeInputs(cache, model, old, found, split, judged, relevant, tuple(notes))
+    named = options.data_name or (None if isinstance(data, RetrievalData) else str(data))
+    return UpgradeInputs(cache, model, old, found, split, judged, relevant, tuple(notes), named)
 
 
 def encode_queries(model: DualEncoderModel, queries: list[str], options: UpgradeOptions) -> torch.Tensor:

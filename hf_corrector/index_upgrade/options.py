@@ -30,6 +30,7 @@ class UpgradeOptions:
     Attributes:
         output_dir: Folder for re-encoded targets, kept as soon as they are there: a run that was killed does not encode
             them again. None keeps them in memory until :meth:`UpgradeReport.save`.
+        data_name: What the record and the model card call the data; by default the name they were given by.
         split: Judged queries: ``"test"``, ``"dev"`` or ``"train"``; by default test if there is one, else dev.
         judge_targets: Judge on the positives of the judged queries and so many random other targets, or ``"full"`` for
             the whole corpus. By default full up to 20,000 targets, and 10,000 others beyond.
@@ -53,6 +54,7 @@ class UpgradeOptions:
     """
 
     output_dir: str | Path | None = None
+    data_name: str | None = None
     split: str | None = None
     judge_targets: int | Literal["full"] | None = None
     judge_queries: int | None = None

@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hf_corrector._files import atomic_write, make_directory, write_json
+from hf_corrector._files import atomic_write, make_directory, write_json, write_text
+from hf_corrector._hub import PushOptions
+from hf_corrector.cards import CardFacts, card_of_run
 from hf_corrector.evaluation.evaluator import Judgement
 from hf_corrector.evaluation.verdict import Verdict
 from hf_corrector.evaluation.verdict_words import aligned, number, percent
 from hf_corrector.index_upgrade.fitted_corrector import FittedCorrector
 from hf_corrector.index_upgrade.fresh_targets import FreshTargets
 from hf_corrector.metrics import Interval, Undefined, metric_name
+from hf_corrector.models.hub_files import CARD_FILE, CORRECTOR_FOLDER
 from hf_corrector.pair_choice import PairChoice
 from hf_corrector.records import RunRecord
 
-CORRECTOR_FOLDER, PAIRS_FILE, FIRST_FILE = "corrector", "pairs.json", "reembed_first.jsonl"
+PAIRS_FILE, FIRST_FILE = "pairs.json", "reembed_first.jsonl"
 _LABELS = {
     "old": "old model kept", "stale": "stale index", "partial": "partial re-embed, unaligned",
     "partial_aligned": "partial re-embed, rest corrected", "rerank": "over-retrieve and rerank",
@@ -172,7 +175,7 @@ class UpgradeReport:
         return upgrade_table(self.rows, self.judgement.primary, head=self.head, footer=self.footer)
 
     def save(self, folder: str | Path) -> Path:
-        """Write corrector, pairs, fresh vectors and ``run.json`` into a folder, the record last.
+        """Write corrector, its model card, pairs, fresh vectors and ``run.json`` into a folder, the record last.
 
         Tokens the corrector reads that could not be stored with the cache are written with the corrector.
 
@@ -183,6 +186,7 @@ class UpgradeReport:
         make_directory(path)
         self.fresh.keep_in(path)
         self.corrector.save(path / CORRECTOR_FOLDER)
+        write_text(path / CORRECTOR_FOLDER / CARD_FILE, card_of_run(self.record))
         rows = self.pairs.rows.tolist()
         weights = None if self.pairs.weights is None else self.pairs.weights.tolist()
         write_json(path / PAIRS_FILE, {
@@ -192,6 +196,27 @@ class UpgradeReport:
             atomic_write(path / FIRST_FILE, self._write_first)
         self.record.save(path)
         return path
+
+    def push_to_hub(
+        self, repo_id: str, *, options: PushOptions | None = None, facts: CardFacts | None = None, **settings: Any
+    ) -> str:
+        """Push the corrector with its model card; pairs, fresh vectors and ``run.json`` stay here.
+
+        Args:
+            repo_id: The repository, made if there is none.
+            options: How to push.
+            facts: What the card is to say that no run knows of itself: licence, data sets, languages.
+            settings: Fields of :class:`PushOptions` (``private``, ``create_pr``, ``revision``, ``commit_message``,
+                ``token``), handed to it whole.
+
+        Returns:
+            Address of the commit, or of the pull request.
+
+        Raises:
+            HubError: If the Hub cannot be reached or refuses.
+        """
+        card = card_of_run(self.record, facts)
+        return self.corrector.push_to_hub(repo_id, options=options, card=card, **settings)
 
     def _write_first(self, path: Path) -> None:
         with open(path, "w", encoding="utf-8") as handle:

@@ -105,7 +105,7 @@ class Summary:
         self, judgement: Judgement, rows: list[UpgradeRow], verdict: Verdict, choice: Choice,
         seconds: Mapping[str, float],
     ) -> RunRecord:  # fmt: skip
-        """Make ``run.json``."""
+        """Make ``run.json``; the chosen corrector has noted between which encoders it leads."""
         inputs, pairs = self.inputs, self.wanted.num_pairs
         cost = {
             **dict.fromkeys(COSTS, 0), "pair_target_passes": pairs,
@@ -115,6 +115,7 @@ class Summary:
             **asdict(self.wanted), "old_cache": str(inputs.cache.path),
             "new_model": str(inputs.model.config.name_or_path),
             "old_model": None if inputs.old_model is None else str(inputs.old_model.config.name_or_path),
+            "data": inputs.data_name, "judged_split": inputs.split_name,
             "judged_targets": len(self.corpus.rows), **_plain(self.options),
         }  # fmt: skip
         more = {"losses_left_out": dict(choice.losses), "chosen": choice.fit.name}
@@ -124,6 +125,7 @@ class Summary:
             manifests=[inputs.cache.manifest.to_dict()],
             rows=[row.to_dict(judgement.primary) for row in rows], verdict=verdict.to_dict(),
             examples=self._examples(judgement),
+            corrector=choice.fit.model.describe(),
         )  # fmt: skip
 
     def _examples(self, judgement: Judgement) -> dict[str, Any]:

@@ -134,9 +134,10 @@ def _run(inputs: UpgradeInputs, wanted: Wanted, options: UpgradeOptions, clock: 
     other_queries = chosen.query_passes + (0 if choosing.queries is None else len(choosing.queries))
     summary = Summary(inputs, wanted, options, corpus, fresh, other_queries)
     rows = summary.rows(judgement, fits, choice)
+    corrector = _corrector(inputs, choice.fit, chosen.choice, sides=sides, direction=wanted.direction)
     return UpgradeReport(
         decision=verdict, rows=rows, judgement=judgement, pairs=chosen.choice,
-        corrector=_corrector(inputs, choice.fit, chosen.choice, sides=sides, direction=wanted.direction),
+        corrector=corrector,
         record=summary.record(judgement, rows, verdict, choice, clock.seconds),
         checklist=checklist(verdict, evidence, watched), reembed_first=urgency.first(verdict.reembed_share),
         head=summary.head(judgement), ids=inputs.cache.ids, fresh=fresh,
@@ -170,6 +171,7 @@ def _corrector(
 ) -> FittedCorrector:
     leads_to = inputs.model.fingerprint("target") if direction == "targets" else inputs.cache.fingerprint
     rows, new = tuple(choice.rows.tolist()), inputs.model.fingerprint("target")
+    fit.model.note_encoders(stale=inputs.cache.fingerprint, fresh=new, direction=direction)
     fitted = FittedTargets(
         cache=inputs.cache.manifest.checksum, encoder=new.digest, rows=rows,
         ids=tuple(inputs.cache.ids[row] for row in rows), encoder_fingerprint=new.to_dict(),

@@ -20,7 +20,7 @@ from hf_corrector.evaluation.verdict_words import spread
 from hf_corrector.index_upgrade.conditions import ErrorPredictor
 from hf_corrector.index_upgrade.fits import Choice, Fit, choose, fit_all
 from hf_corrector.index_upgrade.options import UpgradeOptions
-from hf_corrector.index_upgrade.report import CORRECTOR_FOLDER, Rates, UpgradeRow, upgrade_rows, upgrade_table
+from hf_corrector.index_upgrade.report import Rates, UpgradeRow, upgrade_rows, upgrade_table
 from hf_corrector.index_upgrade.vector_bench import (
     NEIGHBOURS,
     HeldOut,
@@ -31,6 +31,7 @@ from hf_corrector.index_upgrade.vector_bench import (
 from hf_corrector.index_upgrade.vector_inputs import IntArray, JudgedVectors, Matrix, VectorInputs, load_vectors
 from hf_corrector.metrics import FloatArray, Interval, paired_bootstrap
 from hf_corrector.models.configuration_corrector import KINDS
+from hf_corrector.models.hub_files import CORRECTOR_FOLDER
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.records import COSTS, FittedTargets, RunRecord
 from hf_corrector.training.corrector_choice import ChoiceOptions

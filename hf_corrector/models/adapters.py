@@ -12,7 +12,6 @@ from torch import nn
 from hf_corrector.errors import CheckpointError, ConfigurationError
 from hf_corrector.models.adapter_files import (
     ADAPTER_NAME,
-    BASE_FILE,
     PREFIX,
     BaseNote,
     adapted_layers,
@@ -20,6 +19,7 @@ from hf_corrector.models.adapter_files import (
     describe_config,
     hash_base,
 )
+from hf_corrector.models.hub_files import BASE_FILE
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel
 

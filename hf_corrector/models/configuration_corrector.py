@@ -41,6 +41,11 @@ class CorrectorConfig(PreTrainedConfig):
         side_rows: How many of the columns of ``"tokens"`` have a displacement; set by the fit.
         normalize_output: Whether corrected vectors are scaled to unit length, as the encoder's are.
         fit_summary: Facts of the last fit (pairs, ridge, errors), kept for reports.
+        stale_encoder: Fingerprint of the encoder of the cached vectors it was fitted to (name, revision, hash of the
+            weights, tokenizer, prompt, pooling, normalisation, …); None where unknown.
+        fresh_encoder: Fingerprint, for targets, of the encoder whose queries it serves; None where unknown.
+        direction: ``"targets"``: it moves cached vectors to where the fresh encoder would put them. ``"queries"``: it
+            maps queries of the fresh encoder to the cached vectors, which stay as they are.
     """
 
     model_type = "target-corrector"
@@ -60,6 +65,9 @@ class CorrectorConfig(PreTrainedConfig):
     side_rows: int = 0
     normalize_output: bool = True
     fit_summary: dict[str, Any] | None = None
+    stale_encoder: dict[str, Any] | None = None
+    fresh_encoder: dict[str, Any] | None = None
+    direction: str = "targets"
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in the sizes that follow from others and refuse values out of range (ValueError)."""

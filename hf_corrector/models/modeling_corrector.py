@@ -9,23 +9,22 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from .configuration_corrector import CorrectorConfig
+from .stored_corrector import StoredCorrector
 
 Vectors = TypeVar("Vectors", torch.Tensor, np.ndarray)
 CORRECT_CHUNK_ROWS = 16_384
 AFFINE_KINDS = ("procrustes", "affine", "kernel")
 
 
-class CorrectorModel(PreTrainedModel):
+class CorrectorModel(StoredCorrector):
     """Move stale target embeddings to where the current encoder would put them.
 
     Every kind starts as the identity (up to normalisation) where input and output have the same size, so that an
     untrained corrector changes nothing. All arithmetic is float32, under any autocast.
     """
 
-    config: CorrectorConfig
     fitted_pairs: torch.Tensor
     shift: torch.Tensor
     mean: torch.Tensor
@@ -44,7 +43,6 @@ class CorrectorModel(PreTrainedModel):
     side_weight: torch.Tensor
     hidden: nn.Linear
     output: nn.Linear
-    config_class = CorrectorConfig
     base_model_prefix = "corrector"
     main_input_name = "stale"
     # A corrector is tiny and its error is the whole point: a half-precision copy would cost accuracy and save nothing.
@@ -134,33 +132,11 @@ class CorrectorModel(PreTrainedModel):
             elif name == "landmark_width":
                 nn.init.ones_(buffer)
 
-    @classmethod
-    def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> CorrectorModel:
-        """Load a saved corrector.
-
-        Args:
-            name: Folder or Hub id.
-            args: Handed to transformers' ``from_pretrained``.
-            kwargs: Handed to transformers' ``from_pretrained``.
-
-        Raises:
-            ValueError: If the weights are not those of a corrector of that configuration.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        if info["missing_keys"] or info["unexpected_keys"]:
-            raise ValueError(
-                f"{name}: expected the weights of a corrector of kind {model.config.kind!r}; got missing "
-                f"{sorted(info['missing_keys'])[:3]}, unexpected {sorted(info['unexpected_keys'])[:3]}. "
-                "Name the folder of a corrector, for instance out/corrector."
-            )
-        return loaded if wants_info else model
-
     def reset(self) -> None:
         """Go back to the identity, as after a refresh of the cache."""
         for module in self.modules():
             self._init_weights(module)
+        self.forget_encoders()
 
     @torch.no_grad()
     def load_parameters(self, parameters: dict[str, torch.Tensor]) -> None:
@@ -184,6 +160,7 @@ class CorrectorModel(PreTrainedModel):
                 )
             self.register_buffer(name, value.clone(memory_format=torch.contiguous_format))
         self._note_sizes()
+        self.forget_encoders()
 
     def _note_sizes(self) -> None:
         """Bring the configuration up to the sizes a fit decided, so that a saved corrector loads."""

@@ -17,9 +17,10 @@ from hf_corrector.models.adapter_files import adapters_of, hash_adapters
 from hf_corrector.models.chunked_embedding import embed_in_chunks
 from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig, hidden_size
 from hf_corrector.models.contrast import Distillation, DualEncoderOutput, SampledTargets, contrastive_loss
+from hf_corrector.models.hub_files import CORRECTOR_FOLDER, TARGET_TOKENIZER_FOLDER
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.sentence_transformers_export import save_dual_encoder
-from hf_corrector.models.storage import CORRECTOR_FOLDER, TARGET_TOKENIZER_FOLDER, StoredDualEncoder
+from hf_corrector.models.storage import StoredDualEncoder
 from hf_corrector.models.text_encoding import Role, TextEncodingMixin, Tokens
 from hf_corrector.models.towers import hash_architecture, hash_modules, hash_tokenizer, pool, tower_from_config
 from hf_corrector.records import EncoderFingerprint

@@ -11,8 +11,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_corrector._hub import PushOptions
+from hf_corrector.cards import card_of_dual_encoder
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.adapter_files import (
+    ADAPTER_WEIGHTS_FILE,
     BaseNote,
     ModelOrigin,
     adapted_layers,
@@ -24,12 +27,18 @@ from hf_corrector.models.adapter_files import (
     write_adapter,
 )
 from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig, check_settings
+from hf_corrector.models.hub_files import (
+    CORRECTOR_FOLDER,
+    DUAL_ENCODER_FILES,
+    TARGET_TOKENIZER_FOLDER,
+    Card,
+    checked,
+    push_saved,
+)
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.sentence_transformers_format import SentenceTransformerSettings, read_settings
 from hf_corrector.models.towers import TowerSource, check_complete, check_length, longest_input
 
-CORRECTOR_FOLDER = "corrector"
-TARGET_TOKENIZER_FOLDER = "target_tokenizer"
 _LOADING_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
 _LONGEST_DEFAULT = 512
 
@@ -137,7 +146,8 @@ class StoredDualEncoder(PreTrainedModel):
     def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Self:
         """Load a saved dual encoder with its tokenizers and, if it has one, its corrector.
 
-        Of an adapter, the model under it is loaded from where it came and the adapter put on it, not merged.
+        Of an adapter, the model under it is loaded from where it came and the adapter put on it, not merged. Only
+        safetensors, JSON and the files of tokenizers are opened, and no code that comes with them is run.
 
         Args:
             name: Folder or Hub id of a dual encoder or of an adapter of one.
@@ -145,14 +155,20 @@ class StoredDualEncoder(PreTrainedModel):
             kwargs: Handed to transformers' ``from_pretrained``; ``dtype`` is float32 if not given.
 
         Raises:
+            InputError: If a file cannot be trusted; names it.
+            HubError: If there is no such folder or repository.
             ConfigurationError: If the checkpoint lacks weights, or the model under an adapter is not the one it was
                 trained on.
         """
+        found = checked(str(name), DUAL_ENCODER_FILES, kwargs)
+        if found.revision is not None:
+            kwargs["revision"] = found.revision
         loading = {key: kwargs[key] for key in _LOADING_ARGUMENTS if key in kwargs}
         if is_adapter(name, kwargs.get("revision")):
             adapted = cast(Self, cls.load_adapter_on_base(name, **loading).get_base_model())
             return adapted.to(kwargs["dtype"]) if "dtype" in kwargs else adapted
         kwargs = {"dtype": torch.float32, **kwargs, "output_loading_info": True}
+        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
         loaded: Any = super().from_pretrained(name, *args, **kwargs)
         model: Self = loaded[0]
         check_complete(name, model, loaded[1])
@@ -171,6 +187,14 @@ class StoredDualEncoder(PreTrainedModel):
         Raises:
             ConfigurationError: If it is not said what is under it, or that has other weights now.
         """
+        checked_files = checked(str(name), DUAL_ENCODER_FILES, loading)
+        if not (checked_files.folder / ADAPTER_WEIGHTS_FILE).is_file():
+            raise ConfigurationError(
+                str(name), expected=f"the weights of an adapter in {ADAPTER_WEIGHTS_FILE}", got="no such file",
+                cure="Save the adapter as safetensors, which PEFT does by itself; pickled weights are never loaded.",
+            )  # fmt: skip
+        if checked_files.revision is not None:
+            loading["revision"] = checked_files.revision
         note = BaseNote.load(name, loading.get("revision"))
         config = DualEncoderConfig.from_pretrained(name, **loading)
         corrector_config, config.corrector = config.corrector, None
@@ -214,6 +238,7 @@ class StoredDualEncoder(PreTrainedModel):
         return str(next(found)).removeprefix("torch.")
 
     def _load_tokenizers(self, name: str, loading: dict[str, Any]) -> None:
+        loading = {**loading, "trust_remote_code": False}
         self.tokenizer = self.target_tokenizer = AutoTokenizer.from_pretrained(name, **loading)
         if self.separate_target_encoder is not None:
             self.target_tokenizer = AutoTokenizer.from_pretrained(name, subfolder=TARGET_TOKENIZER_FOLDER, **loading)
@@ -247,6 +272,27 @@ class StoredDualEncoder(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if is_main:
             self._save_companions(folder)
+
+    def push_to_hub(self, repo_id: str, *, options: PushOptions | None = None, **settings: Any) -> str:
+        """Push weights, configuration, tokenizers and corrector; a card that is there stays.
+
+        What training found it to be worth is pushed by ``trainer.push_to_hub`` and by ``hf-corrector push``.
+
+        Args:
+            repo_id: The repository, made if there is none.
+            options: How to push.
+            settings: Fields of :class:`PushOptions` (``private``, ``create_pr``, ``revision``, ``commit_message``,
+                ``token``), handed to it whole.
+
+        Returns:
+            Address of the commit, or of the pull request.
+
+        Raises:
+            HubError: If the Hub cannot be reached or refuses.
+        """
+        options = replace(PushOptions() if options is None else options, **settings)
+        card = Card(card_of_dual_encoder({} if self.corrector is None else self.corrector.describe()))
+        return push_saved(self.save_pretrained, repo_id, DUAL_ENCODER_FILES, options=options, card=card)
 
     def save_beside_adapter(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         """Write what PEFT does not: projections, configuration, tokenizers, corrector, and what is under the adapter.

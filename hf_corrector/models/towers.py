@@ -68,7 +68,7 @@ class TowerSource:
             OSError: If transformers does not find the model.
         """
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            self.name, revision=self.revision, subfolder=self.subfolder
+            self.name, revision=self.revision, subfolder=self.subfolder, trust_remote_code=False
         )
         if self.num_hidden_layers is not None:
             text_config = config.get_text_config()
@@ -83,7 +83,7 @@ class TowerSource:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self.name, revision=self.revision, subfolder=self.subfolder
+            self.name, revision=self.revision, subfolder=self.subfolder, trust_remote_code=False
         )
         return tokenizer
 
@@ -99,7 +99,7 @@ class TowerSource:
         try:
             tower, info = _auto_class(config).from_pretrained(
                 self.name, config=config, revision=self.revision, subfolder=self.subfolder, dtype=torch.float32,
-                output_loading_info=True, **build_kwargs(config),
+                output_loading_info=True, use_safetensors=True, trust_remote_code=False, **build_kwargs(config),
             )  # fmt: skip
         finally:
             logging.set_verbosity(verbosity)
@@ -144,7 +144,7 @@ def build_kwargs(config: PreTrainedConfig) -> dict[str, Any]:
 
 def tower_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a tower with random weights."""
-    return _auto_class(config).from_config(config, **build_kwargs(config))
+    return _auto_class(config).from_config(config, trust_remote_code=False, **build_kwargs(config))
 
 
 def check_complete(name: str, model: PreTrainedModel, loading_info: dict[str, Any]) -> None:

@@ -99,6 +99,11 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
                 "num_passages", expected=f"at least {least} with objective={self.objective!r}", got=self.num_passages,
                 cure="Raise it, or use objective='generator_only' to train a reader without passages.",
             )  # fmt: skip
+        if self.push_to_hub:
+            refuse(
+                "push_to_hub", expected="False: the run's folder also holds the cache and the tokenised corpus",
+                got="True", cure="Train, then call push_to_hub(repo_id) of the model.",
+            )  # fmt: skip
         check_common(self)
 
     @property

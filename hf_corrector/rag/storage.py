@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel
-from hf_corrector.models.storage import TARGET_TOKENIZER_FOLDER
+from hf_corrector.models.hub_files import CORRECTOR_FOLDER, TARGET_TOKENIZER_FOLDER
+from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.towers import check_complete, longest_input
 from hf_corrector.rag.adapters import trainable_names, without_wrapper
 from hf_corrector.rag.configuration_rag import (

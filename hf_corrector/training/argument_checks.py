@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
+from transformers.trainer_utils import HubStrategy
 
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.configuration_corrector import ACTIVATIONS, CLOSED_FORM_KINDS, KINDS, SIDES
@@ -215,10 +216,10 @@ def _check_upstream(args: Arguments) -> None:
             "include_num_input_tokens_seen", expected="'no'", got=repr(args.include_num_input_tokens_seen),
             cure="Read trainer.cost instead, which counts every encoded query and target.",
         )  # fmt: skip
-    if args.push_to_hub:
+    if args.push_to_hub and args.hub_strategy != HubStrategy.END:
         refuse(
-            "push_to_hub", expected="False: the run's folder also holds the cache and the tokenised corpus",
-            got="True", cure="Train, then call push_to_hub(repo_id) of the model.",
+            "hub_strategy", expected="'end': the model and its card are pushed when it is saved", got=args.hub_strategy,
+            cure="Leave hub_strategy out, and push checkpoints by 'hf-corrector push FOLDER REPO_ID'.",
         )  # fmt: skip
     if args.remove_unused_columns:
         refuse("remove_unused_columns", expected="False", got="True", cure="Leave it out.")

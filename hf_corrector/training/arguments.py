@@ -14,9 +14,14 @@ from hf_corrector.training.cache_arguments import CacheTrainingArguments
 class DualEncoderTrainingArguments(CacheTrainingArguments):
     """Extend transformers' TrainingArguments by staleness, corrector and cache, and by negatives.
 
-    Defaults that differ from transformers: 32 pairs a batch, ``remove_unused_columns=False``, and
-    ``metric_for_best_model="mrr@10"`` where the best model is loaded at the end.
+    Defaults that differ from transformers: 32 pairs a batch, ``remove_unused_columns=False``, ``hub_strategy="end"``,
+    and ``metric_for_best_model="mrr@10"`` where the best model is loaded at the end.
     """
+
+    # -- transformers' own, with other defaults
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Must stay 'end': with push_to_hub, the saved model and its card are pushed."}
+    )
 
     # -- negatives
     negatives: str = field(

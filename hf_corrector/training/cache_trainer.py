@@ -21,9 +21,10 @@ from hf_corrector.data.retrieval import column
 from hf_corrector.data.tokens import TokenStore
 from hf_corrector.encoding import build_cache, tokenize_texts
 from hf_corrector.errors import ConfigurationError
+from hf_corrector.evaluation.staleness import StalenessReport
 from hf_corrector.models.adapters import freeze_targets
 from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel
-from hf_corrector.records import COSTS
+from hf_corrector.records import COSTS, RunRecord
 from hf_corrector.training import checks
 from hf_corrector.training.cache_arguments import CacheTrainingArguments
 from hf_corrector.training.callbacks import StalenessCallback
@@ -31,6 +32,7 @@ from hf_corrector.training.checkpointing import CheckpointingTrainer
 from hf_corrector.training.judging import RunJudge
 from hf_corrector.training.live_cache import STATE_FILE, LiveCache, encode_options_of
 from hf_corrector.training.refresh_schedule import RefreshSchedule
+from hf_corrector.training.run_record import RunContext, RunState, record_of
 from hf_corrector.training.target_source import TargetSource
 
 logger = logging.get_logger(__name__)
@@ -69,10 +71,13 @@ class CacheTrainer(CheckpointingTrainer):
             needs no cache.
         cost: Encoder forward passes so far, in texts, by purpose.
         source: What targets are drawn from, once :meth:`prepare` has run.
+        run_context: What the record is to say that the trainer does not know, for instance the name of the data.
     """
 
     args: CacheTrainingArguments
     cost_names: tuple[str, ...] = COSTS
+    run_context = RunContext()
+    _report: StalenessReport | None = None
 
     def __init__(
         self, model: torch.nn.Module, args: CacheTrainingArguments, run: RunTargets, **for_trainer: Any
@@ -296,6 +301,14 @@ class CacheTrainer(CheckpointingTrainer):
         """What measures this run."""
         return RunJudge(self.encoder, self.args, self.targets, self.tokens, self.cost)
 
+    def run_record(self) -> RunRecord:
+        """Return what is known of the run so far, as ``run.json`` and the model card show it."""
+        state = RunState(
+            self.args, self.live_cache, self.encoder.corrector, self._report, self.cost,
+            self.step_log.total_seconds, self.state.log_history, self.scan_said,
+        )  # fmt: skip
+        return record_of(state, self.run_context)
+
     # ------------------------------------------------------------------ checkpoints
 
     def save_extra_state(self, folder: Path) -> None:
@@ -306,7 +319,9 @@ class CacheTrainer(CheckpointingTrainer):
             self.live_cache.save(folder, self.cost)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model, tokenizers and corrector, with which targets the corrector was fitted on."""
+        """Save model, tokenizers and corrector, with the encoders it leads between and the targets it was fitted on."""
+        if self.live_cache is not None:
+            self.live_cache.note_encoders()
         super().save_model(output_dir, _internal_call)
         if self.live_cache is not None and self.args.should_save:
             self.live_cache.note_fitted(Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER)

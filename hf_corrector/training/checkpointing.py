@@ -146,6 +146,13 @@ class CheckpointingTrainer(Trainer):
         else:
             self.control.should_training_stop = True
 
+    def _check_adapter(self) -> None:
+        """Find out before the work what would make the checkpoints useless."""
+        output_dir, adapted = Path(str(self.args.output_dir)), isinstance(self.model, PeftModel)
+        for folder in (output_dir, *output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            check_folder(folder, adapted=adapted)
+        self.check_adapters()
+
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: transformers' own would upload the whole output folder, cache and tokenised corpus included.
 
@@ -154,15 +161,8 @@ class CheckpointingTrainer(Trainer):
         """
         raise ConfigurationError(
             "push_to_hub", expected="an upload of the model alone", got="one of the whole run, cache and corpus too",
-            cure="Call trainer.encoder.push_to_hub(repo_id).",
+            cure="Call push_to_hub(repo_id) of the model.",
         )  # fmt: skip
-
-    def _check_adapter(self) -> None:
-        """Find out before the work what would make the checkpoints useless."""
-        output_dir, adapted = Path(str(self.args.output_dir)), isinstance(self.model, PeftModel)
-        for folder in (output_dir, *output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-            check_folder(folder, adapted=adapted)
-        self.check_adapters()
 
     def check_adapters(self) -> None:
         """Refuse adapters that could not be loaded again (ConfigurationError); called before training."""

@@ -307,6 +307,7 @@ def gradient_update(
         parameter.grad = gradient
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    corrector.forget_encoders()
     return float(loss.detach())
 
 

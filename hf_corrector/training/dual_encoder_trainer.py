@@ -20,13 +20,14 @@ from hf_corrector.models.contrast import SampledTargets
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.training import checks
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
-from hf_corrector.training.cache_trainer import CacheTrainer, RunTargets
+from hf_corrector.training.cache_trainer import RunTargets
+from hf_corrector.training.publishing import PublishingTrainer
 from hf_corrector.training.target_choice import Choice, Judgements, TargetChooser
 
 logger = logging.get_logger(__name__)
 
 
-class DualEncoderTrainer(CacheTrainer):
+class DualEncoderTrainer(PublishingTrainer):
     """Train a dual encoder, and with ``staleness="corrector"`` the corrector that keeps its cache usable.
 
     Each step samples targets for every query from the whole cache (through the corrector), re-encodes only those with
@@ -154,4 +155,5 @@ class DualEncoderTrainer(CacheTrainer):
             CacheMismatchError: If ``old_model`` is not the encoder that made the first cache.
         """
         live = self.need_cache("judge")
-        return self.run_judge.measure(split, live, old_model=old_model, options=options)
+        self._report = self.run_judge.measure(split, live, old_model=old_model, options=options)
+        return self._report

@@ -267,6 +267,12 @@ class LiveCache:
             if folder.resolve() not in named:
                 remove_folder(folder)
 
+    def note_encoders(self) -> None:
+        """Let the corrector say, before it is saved, between which encoders it leads."""
+        if self.online is not None:
+            stale, fresh = self.cache.fingerprint, self._model.fingerprint("target")
+            self.online.corrector.note_encoders(stale=stale, fresh=fresh, trained=fresh.weights != stale.weights)
+
     def note_fitted(self, folder: Path) -> None:
         """Write beside a saved corrector what it was fitted to, if one is trained."""
         if self.online is None:

@@ -1,0 +1,138 @@
+"""Models from strangers: what could run never runs, and what could mislead is refused, in folders and from the Hub."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from attacks import ON_A_DUAL_ENCODER, ON_ANY_MODEL, Attack, pickled
+from hub_stand_in import Hub, Repository
+from transformers import AutoConfig, AutoModel
+
+from hf_corrector._untrusted import check_files, inside
+from hf_corrector.errors import InputError
+from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
+from hf_corrector.models.hub_files import CORRECTOR_FILES
+
+
+@pytest.fixture
+def corrector(tmp_path: Path) -> Path:
+    """Folder of a good corrector."""
+    CorrectorModel(CorrectorConfig(kind="affine", input_dim=4)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def saved_encoder(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    DualEncoderModel.from_encoder(tiny_encoder).save_pretrained(str(folder))
+    return folder
+
+
+def as_repository(hub: Hub, folder: Path, name: str) -> str:
+    """Let the Hub hold a folder as it is, as someone else may have put it there."""
+    repository = hub.repositories[f"models/{name}"] = Repository()
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    repository.commit(files, "main")
+    return name
+
+
+def check(attack: Attack, load: type[CorrectorModel] | type[DualEncoderModel], name: str, sentinel: Path) -> None:
+    if attack.refused is None:
+        assert isinstance(load.from_pretrained(name), load)
+    else:
+        with pytest.raises((ValueError, OSError), match=attack.refused):
+            load.from_pretrained(name)
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("attack", ON_ANY_MODEL, ids=lambda attack: attack.name)
+def test_no_folder_of_a_corrector_gets_through(attack: Attack, corrector: Path, tmp_path: Path) -> None:
+    attack.change(corrector, tmp_path / "sentinel")
+    check(attack, CorrectorModel, str(corrector), tmp_path / "sentinel")
+
+
+@pytest.mark.parametrize("attack", [one for one in ON_ANY_MODEL if not one.in_a_folder], ids=lambda attack: attack.name)
+def test_no_repository_of_a_corrector_gets_through(attack: Attack, corrector: Path, tmp_path: Path, hub: Hub) -> None:
+    attack.change(corrector, tmp_path / "sentinel")
+    name = as_repository(hub, corrector, f"stranger/{attack.name.replace(' ', '-')}")
+    check(attack, CorrectorModel, name, tmp_path / "sentinel")
+    asked = {one.rsplit("/", 1)[-1] for one in hub.asked if "/resolve/" in one}
+    # transformers may ask whether there is an adapter; what it would open is asked for by nobody.
+    assert not any(name.endswith((".bin", ".py", ".pt", ".pkl")) for name in asked)
+
+
+@pytest.mark.parametrize("attack", [*ON_ANY_MODEL[:4], *ON_A_DUAL_ENCODER], ids=lambda attack: attack.name)
+def test_no_folder_of_a_dual_encoder_gets_through(attack: Attack, saved_encoder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_encoder, tmp_path / "model"))
+    attack.change(folder, tmp_path / "sentinel")
+    check(attack, DualEncoderModel, str(folder), tmp_path / "sentinel")
+
+
+def test_the_corrector_inside_of_a_dual_encoder_is_looked_at_too(saved_encoder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_encoder, tmp_path / "model"))
+    (folder / "corrector").mkdir()
+    (folder / "corrector" / "config.json").write_text('{"kind": "affine", "kind": "identity"}')
+    with pytest.raises(InputError, match=r"corrector/config.json.*duplicate keys"):
+        DualEncoderModel.from_pretrained(str(folder))
+
+
+def test_an_adapter_in_a_pickle_is_refused(saved_encoder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_encoder, tmp_path / "model"))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.bin").write_bytes(pickled(tmp_path / "sentinel"))
+    with pytest.raises(InputError, match=r"adapter_model.safetensors"):
+        DualEncoderModel.from_pretrained(str(folder))
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_a_pickled_tower_is_never_loaded(tiny_encoder: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_encoder, tmp_path / "tower"))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickled(tmp_path / "sentinel"))
+    with pytest.raises(OSError, match=r"model.safetensors"):
+        DualEncoderModel.from_encoder(str(folder))
+    assert not (tmp_path / "sentinel").exists()
+
+
+def test_auto_classes_need_no_code_either(corrector: Path) -> None:
+    assert isinstance(AutoConfig.from_pretrained(corrector, trust_remote_code=False), CorrectorConfig)
+    assert isinstance(AutoModel.from_pretrained(corrector, trust_remote_code=False), CorrectorModel)
+
+
+def test_links_of_the_local_cache_of_the_hub_are_files(corrector: Path, tmp_path: Path) -> None:
+    """A snapshot is full of links into its own repository; one that leads on from there is refused."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "c0"
+    (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in list(corrector.iterdir()):
+        path.rename(tmp_path / "models--a--b" / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert check_files(snapshot, CORRECTOR_FILES) == ["config.json", "model.safetensors"]
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("/etc/passwd")
+    with pytest.raises(InputError, match=r"a link to /etc/passwd"):
+        check_files(snapshot, CORRECTOR_FILES)
+
+
+def test_a_linked_folder_is_no_way_out(corrector: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    (corrector / "corrector").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="elsewhere"):
+        inside(corrector, ("corrector/config.json",))
+
+
+def test_patterns_reach_no_deeper_than_they_say(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("model-1.safetensors", "deep/model-2.safetensors", "other.json"):
+        (tmp_path / name).write_bytes(b"")
+    assert inside(tmp_path, ("model*.safetensors",)) == ["model-1.safetensors"]
+    assert inside(tmp_path, ("deep/*",)) == ["deep/model-2.safetensors"]
+
+
+def test_a_good_model_is_loaded_as_it_was(corrector: Path) -> None:
+    vectors = torch.randn(3, 4)
+    assert CorrectorModel.from_pretrained(str(corrector)).correct(vectors).shape == (3, 4)
