@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rag_helpers import generator_of
 
 from hf_corrector.cli.main import main
 from hf_corrector.data.datasets import load_retrieval_data
@@ -108,6 +109,46 @@ def test_the_plan_command_runs(upgradable: Path) -> None:
     assert main(words[1:]) == 0
 
 
+@pytest.fixture
+def answerable(workplace: Path) -> Path:
+    """The workplace with my_questions, where queries have answers, and a tiny reader under the name the page uses."""
+    source = workplace / "my_beir_folder"
+    (workplace / "my_questions/qrels").mkdir(parents=True)
+    for file in source.rglob("*.*"):
+        (workplace / "my_questions" / file.relative_to(source)).write_bytes(file.read_bytes())
+    rows = [{"_id": f"q{n}", "text": f"how to {WORDS[n % 12]} {n}", "answers": [f"files {n}"]} for n in range(60)]
+    (workplace / "my_questions/queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader, tokenizer = generator_of("t5")
+    for part in (reader, tokenizer):
+        part.save_pretrained(workplace / "google/flan-t5-small")
+    return workplace
+
+
+def test_the_example_of_reading_runs(answerable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = block("python", "RetrievalAugmentedTrainer(", "examples/rag.md")
+    exec(compile(code.replace("max_steps=1000", "max_steps=2, report_to=[]"), "rag.md", "exec"), {})
+    assert re.search(r" -\d.* t\d+\n$", capsys.readouterr().out)
+
+
+def test_the_commands_of_reading_run(answerable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = block("bash", "rag-train", "examples/rag.md").strip().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        words = shlex.split(line.replace("--max_steps 1000", "--max_steps 2 --report_to none"))
+        assert main(words[1:]) == 0, line
+    assert "from t" in capsys.readouterr().out
+
+
+def test_the_example_of_langchain_runs(upgradable: Path) -> None:
+    pytest.importorskip("langchain_core")
+    names: dict[str, object] = {
+        "new_model": DualEncoderModel.from_pretrained("new-model"), "data": load_retrieval_data("my_beir_folder"),
+        "corrector": CorrectorModel(CorrectorConfig(kind="affine", input_dim=32)),
+    }  # fmt: skip
+    exec(compile(block("python", "TextSearch(", "examples/rag.md"), "rag.md", "exec"), names)
+    assert len(names["documents"]) == 4  # type: ignore[arg-type]
+
+
 def test_ci_runs_the_commands_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "readme_block test" in script
@@ -144,7 +185,7 @@ def code_blocks(page: str) -> list[str]:
 
 def test_what_pages_repeat_of_the_readme_is_the_same() -> None:
     """An example that stands on two pages must not age on one of them."""
-    first = {code.splitlines()[0]: code for code in code_blocks("README.md")}
+    first = {tuple(code.splitlines()[:2]): code for code in code_blocks("README.md")}
     for page in PAGES[1:]:
         for code in code_blocks(page):
-            assert first.get(code.splitlines()[0], code) == code, page
+            assert first.get(tuple(code.splitlines()[:2]), code) == code, page
