@@ -20,11 +20,12 @@ def load(name: str) -> ModuleType:
 
 
 def test_recommendation(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--items", "500", "--users", "500", "--sample", "200", "--steps", "150", "--more_steps", "80"]
-    report, judgement = load("recommendation").main(words)
+    words = "--items 800 --users 900 --sample 300 --steps 400 --more_steps 300"
+    report, judgement = load("recommendation").main(words.split())
     said = capsys.readouterr().out
     assert report.verdict in said and "corrected − stale" in said
     assert list(judgement.per_query) == ["old", "stale", "corrected", "fresh"]
-    assert judgement.queries == 250 > judgement.clean_queries > 50
+    assert judgement.queries == 450 > judgement.clean_queries > 100
+    assert report.stale_cosine is not None and report.cosine.low > report.stale_cosine.high
     means = {name: found["recall@20"].estimate for name, found in judgement.means.items()}
     assert means["stale"] < means["corrected"]
