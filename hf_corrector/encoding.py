@@ -121,7 +121,7 @@ def _token_key(made_by: EncoderFingerprint, texts: Sequence[str]) -> str:
 
 
 def build_cache(
-    model: DualEncoderModel, corpus: Dataset, path: Path, *, tokens: TokenStore | None = None,
+    model: DualEncoderModel, corpus: Dataset, path: str | Path, *, tokens: TokenStore | None = None,
     options: EncodeOptions | None = None, generation: int = 0,
 ) -> CacheBuild:  # fmt: skip
     """Encode a corpus into a cache, or finish a build that was interrupted.
@@ -138,7 +138,7 @@ def build_cache(
         CacheMismatchError: If ``path`` holds a cache, or part of one, of another encoder or other texts, or ``tokens``
             are not those of this encoder and these texts.
     """
-    options, texts = EncodeOptions() if options is None else options, column(corpus, "text")
+    options, texts, path = EncodeOptions() if options is None else options, column(corpus, "text"), Path(path)
     plan = CachePlan(
         ids=column(corpus, "id"), dim=model.config.embedding_dim, dtype=options.cache_dtype,
         fingerprint=model.fingerprint("target", compute_dtype=options.compute_dtype),
@@ -170,7 +170,7 @@ def _save_counts(cache: TargetCache, model: DualEncoderModel, store: TokenStore)
 
 
 def update_cache(
-    model: DualEncoderModel, corpus: Dataset, path: Path, *, options: EncodeOptions | None = None,
+    model: DualEncoderModel, corpus: Dataset, path: str | Path, *, options: EncodeOptions | None = None,
     trust_ids: bool = False,
 ) -> CacheBuild:  # fmt: skip
     """Make a cache follow its corpus: encode what is new or changed, drop what is gone, keep the rest as it is.
@@ -221,7 +221,7 @@ def update_cache(
             if "tokens" in stored_sides(cache):
                 counts = _counts_like(cache, model, store)
         updated = editor.finish(counts=counts)
-    shutil.rmtree(path / TOKENS_FOLDER, ignore_errors=True)  # of the corpus as it was; made again when needed
+    shutil.rmtree(Path(path) / TOKENS_FOLDER, ignore_errors=True)  # of the corpus as it was; made again when needed
     return CacheBuild(updated, encoded, deleted=len(cache) - kept)
 
 

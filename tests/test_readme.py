@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hub_stand_in import Hub
 from rag_helpers import generator_of
 
+from hf_corrector import EncodeOptions, TargetCache, UpgradeOptions, build_cache, upgrade
 from hf_corrector.cli.main import main
 from hf_corrector.data.datasets import load_retrieval_data
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
@@ -147,6 +151,53 @@ def test_the_example_of_langchain_runs(upgradable: Path) -> None:
     }  # fmt: skip
     exec(compile(block("python", "TextSearch(", "examples/rag.md"), "rag.md", "exec"), names)
     assert len(names["documents"]) == 4  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def fitted(upgradable: Path, tiny_model: DualEncoderModel) -> Path:
+    """The workplace with old-model, its cache, and what an upgrade to new-model has fitted."""
+    tiny_model.save_as_sentence_transformer("old-model")
+    old = DualEncoderModel.from_encoder("old-model")
+    data = load_retrieval_data("my_beir_folder")
+    shutil.rmtree("old_cache")
+    build_cache(old, data.corpus, "old_cache", options=EncodeOptions(progress=False))
+    new = DualEncoderModel.from_pretrained("new-model")
+    options = UpgradeOptions(output_dir=Path("upgraded"), kinds=("affine",))
+    upgrade("old_cache", new, data, num_pairs=30, old_model=old, side=None, options=options).save("upgraded")
+    shutil.rmtree("new-model")
+    new.save_as_sentence_transformer("new-model")
+    return upgradable
+
+
+def test_the_hub_example_and_its_commands_run(fitted: Path, hub: Hub) -> None:
+    lines = block("bash", "hf-corrector push", "examples/hub.md").strip().splitlines()
+    assert [main([*shlex.split(line)[1:], "--quiet"]) for line in lines] == [0, 0]
+    exec(compile(block("python", "FittedCorrector", "examples/hub.md"), "hub.md", "exec"), {})
+    assert len(TargetCache.open("new_cache")) == 60
+
+
+def test_the_examples_of_sentence_transformers_and_numpy_run(fitted: Path) -> None:
+    names: dict[str, object] = {}
+    exec(compile(block("python", "encode_document", "examples/hub.md"), "hub.md", "exec"), names)
+    assert names["queries"].shape == names["documents"].shape == (1, 32)  # type: ignore[attr-defined]
+    exec(compile(block("python", "save_for_numpy", "examples/hub.md"), "hub.md", "exec"), {})
+    assert Path("worker/numpy_corrector.py").is_file()
+    code = block("python", "CorrectedNegativesLoss", "examples/hub.md")
+    short = "from sentence_transformers import SentenceTransformerTrainingArguments as Arguments\n" + code.replace(
+        "model, train_dataset", 'model, args=Arguments("st-out", max_steps=2, report_to=[]), train_dataset'
+    )
+    exec(compile(short, "hub.md", "exec"), {})
+
+
+def test_the_commands_for_vectors_run(workplace: Path) -> None:
+    generator = np.random.default_rng(0)
+    old, turn = generator.normal(size=(400, 16)), np.linalg.qr(generator.normal(size=(16, 16)))[0]
+    rows = np.arange(0, 400, 2)
+    for name, array in {"vectors": old, "sample": (old @ turn)[rows], "rows": rows}.items():
+        np.save(f"{name}.npy", array.astype(np.int64 if name == "rows" else np.float32))
+    lines = block("bash", "vectors.npy", "examples/upgrade.md").strip().splitlines()
+    assert [main([*shlex.split(line)[1:], "--quiet"]) for line in lines] == [0, 0]
+    assert np.load("corrected.npy").shape == (400, 16)
 
 
 def test_ci_runs_the_commands_of_the_readme() -> None:

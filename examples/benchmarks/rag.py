@@ -1,0 +1,410 @@
+"""Retrieval-augmented fine-tuning while the index grows stale: what is lost, what correction wins back, what it costs.
+
+    python examples/benchmarks/rag.py --output_dir runs/rag
+    python examples/benchmarks/rag.py --output_dir runs/rag --set squad --data FOLDER
+
+A reader (an encoder-decoder that starts from MiniLM) first learns to read from judged passages; this stands for a
+language model that can already read, is done once and shared by all runs. Then retriever and reader are trained on
+answers alone, no judgement of a passage is seen any more, and only what is retrieved for training differs:
+
+* ``closed_book``: the reader gets no passage;
+* ``fixed``: passages come from the index of the untrained retriever, which is not trained;
+* ``ignore``: the retriever is trained and searches the index made before training;
+* ``corrector``: as before, the index seen through a corrector that follows the drift on the pairs training yields;
+* ``refresh``: the index is encoded anew on the schedule ``--refresh_steps``.
+
+Judged on held-out questions, as training goes on and at its end: marginal log-likelihood of the answer
+log P(a|x) = log Σ_y P(y|x)·P_LM(a|x,y), recall of the gold target among 10, exact match and F1 of generated answers,
+each over the stale index, the one the run itself serves, and a fresh one. Differences are paired by question and seed,
+their intervals over seeds and questions, both drawn anew. Targets of judged questions are held out of the corrector's
+pairs. A run that is in ``--output_dir`` already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import data_folder, half_is_fast, print_head
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from hf_corrector._extras import demo_encoder
+from hf_corrector.answers import exact_match, f1
+from hf_corrector.data.datasets import load_retrieval_data
+from hf_corrector.data.retrieval import RetrievalData, column, positives_as_rows
+from hf_corrector.data.stdlib import standard_library_questions
+from hf_corrector.models import DualEncoderModel
+from hf_corrector.rag import RetrievalAugmentedModel
+from hf_corrector.rag.default_reader import cross_attention_names, default_reader
+from hf_corrector.rag.generation import GenerationOptions
+from hf_corrector.rag.passages import closed_book
+from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
+from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
+
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "closed_book": {},
+    "fixed": {"staleness": "ignore", "objective": "generator_only"},
+    "ignore": {"staleness": "ignore"},
+    "corrector": {"staleness": "corrector"},
+    "refresh": {"staleness": "refresh"},
+}
+MEASURES = ("answer_log_likelihood", "gold_recall@10", "exact_match", "f1")
+TRAINING_COSTS = ("train_target_passes", "refresh_target_passes")
+TARGET_LENGTH = {"default": 48, "squad": 96}
+READER_LENGTH = {"default": 80, "squad": 128}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Held-out questions with one answer and the rows of their gold targets."""
+
+    questions: list[str]
+    answers: list[list[str]]
+    gold: list[dict[int, float]]
+
+    @classmethod
+    def of(cls, split: Dataset, corpus: Dataset) -> Judged:
+        """Take them from a split."""
+        return cls(column(split, "query"), column(split, "answers"), positives_as_rows(split, corpus))
+
+    def first(self, count: int) -> Judged:
+        """Keep so many of them."""
+        return Judged(self.questions[:count], self.answers[:count], self.gold[:count])
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--data", help="folder that holds the data sets")
+    flags.add_argument("--output_dir", required=True)
+    flags.add_argument("--set", choices=list(TARGET_LENGTH), default="default")
+    flags.add_argument("--layers", type=int, default=3, help="of retriever and reader")
+    flags.add_argument(
+        "--reader_steps", type=int, default=250, help="of 16 questions, in which the reader learns to read"
+    )
+    flags.add_argument("--steps", type=int, default=80)
+    flags.add_argument("--batch", type=int, default=8, help="questions a step")
+    flags.add_argument("--passages", type=int, default=4)
+    flags.add_argument("--learning_rate", type=float, default=1e-4)
+    flags.add_argument("--objective", default="marginal")
+    flags.add_argument("--refresh_steps", default="20")
+    flags.add_argument("--corrector_kind", default="kernel")
+    flags.add_argument("--corrector_side", default="tokens")
+    flags.add_argument("--questions", type=int, default=200, help="held-out questions to judge by")
+    flags.add_argument("--curve_questions", type=int, default=100, help="of these, while training")
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    flags.add_argument("--conditions", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS))
+    arguments = flags.parse_args()
+    print_head("retrieval-augmented fine-tuning on a stale index", arguments)
+    data = load(arguments)
+    folder = Path(arguments.output_dir) / arguments.set
+    folder.mkdir(parents=True, exist_ok=True)
+    warm_reader(arguments, data, folder / "reader")
+    for seed in arguments.seeds:
+        for condition in arguments.conditions:
+            file = folder / f"{condition}-{seed}.json"
+            if not file.exists():
+                found = run(arguments, data, condition, seed, folder)
+                file.write_text(json.dumps(found))
+    print_tables(folder)
+    draw(folder)
+
+
+def load(arguments: argparse.Namespace) -> RetrievalData:
+    """Load questions and targets; answers longer than the reader writes are left out."""
+    if arguments.set == "default":
+        return standard_library_questions()
+    return load_retrieval_data(data_folder(arguments.data, arguments.set))
+
+
+def judged_questions(arguments: argparse.Namespace, data: RetrievalData) -> Dataset:
+    """Return the test questions that are judged, drawn by a fixed seed."""
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[: arguments.questions]
+    return data.test.select(order.tolist())
+
+
+def readable(split: Dataset, model: RetrievalAugmentedModel) -> Dataset:
+    """Keep the questions whose first answer the reader can write."""
+    room = model.config.answer_max_length - 2
+    tokens = model.reader_tokenizer([one[0] for one in column(split, "answers")], add_special_tokens=False)
+    return split.select([row for row, ids in enumerate(tokens["input_ids"]) if len(ids) <= room])
+
+
+# ---------------------------------------------------------------- the reader
+
+
+def warm_reader(arguments: argparse.Namespace, data: RetrievalData, folder: Path) -> None:
+    """Teach a reader to read from judged passages, once for all runs."""
+    if (folder / "config.json").exists():
+        return
+    retriever = DualEncoderModel.from_encoder(
+        str(demo_encoder()), num_hidden_layers=arguments.layers, query_max_length=32,
+        target_max_length=TARGET_LENGTH[arguments.set],
+    )  # fmt: skip
+    reader, tokenizer = default_reader(num_hidden_layers=arguments.layers)
+    model = RetrievalAugmentedModel.from_parts(
+        retriever, reader, tokenizer, reader_max_length=READER_LENGTH[arguments.set], answer_max_length=16
+    )
+    train, started = readable(data.train, model), time.time()
+    gold = [next(iter(rows)) for rows in positives_as_rows(train, data.corpus)]
+    texts = column(data.corpus, "text")
+    train_reader(model, train, [texts[row] for row in gold], steps=arguments.reader_steps, batch=16, seed=0)
+    judged = Judged.of(readable(judged_questions(arguments, data), model), data.corpus)
+    generator = torch.Generator().manual_seed(0)
+    for name, rows in {
+        "the gold target": [next(iter(one)) for one in judged.gold],
+        "a random one": torch.randint(len(texts), (len(judged.gold),), generator=generator).tolist(),
+    }.items():  # fmt: skip
+        loss = reader_loss(model, judged, [texts[row] for row in rows])
+        print(f"reader, {time.time() - started:.0f} s: held-out loss per token {loss:.2f} with {name}", flush=True)
+    model.save_pretrained(folder)
+
+
+def train_reader(
+    model: RetrievalAugmentedModel, split: Dataset, passages: list[str] | None, *, steps: int, batch: int, seed: int
+) -> None:
+    """Train the reader alone on one passage per question, or on none."""
+    style, tokenizer, reader = model.reader.format, model.reader, model.generator
+    questions = tokenizer.questions(column(split, "query"))
+    answers = tokenizer.answers([one[0] for one in column(split, "answers")])
+    given = [[]] * len(questions) if passages is None else tokenizer.passages(passages)
+    attending = cross_attention_names(reader)
+    groups = [
+        {"params": [one for name, one in reader.named_parameters() if (name in attending) == new], "lr": rate}
+        for new, rate in ((True, 5e-4), (False, 1e-4))
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.05, 1 - step / steps))
+    generator = torch.Generator().manual_seed(seed)
+    reader.train()
+    for _ in range(steps):
+        rows = torch.randint(len(questions), (batch,), generator=generator).tolist()
+        prompts = [style.prompt(questions[row], [given[row]] if given[row] else []) for row in rows]
+        wanted = [answers[row] for row in rows]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half_is_fast()):
+            loss = -model.read(prompts, wanted).sum() / sum(map(len, wanted))
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    reader.eval()
+
+
+@torch.no_grad()
+def reader_loss(model: RetrievalAugmentedModel, judged: Judged, passages: list[str]) -> float:
+    """Return the reader's loss per token on given passages."""
+    style, tokenizer = model.reader.format, model.reader
+    answers = tokenizer.answers([one[0] for one in judged.answers])
+    pairs = zip(tokenizer.questions(judged.questions), tokenizer.passages(passages), strict=True)
+    prompts = [style.prompt(question, [passage]) for question, passage in pairs]
+    found = torch.cat([
+        model.read(prompts[start : start + 32], answers[start : start + 32]) for start in range(0, len(prompts), 32)
+    ])  # fmt: skip
+    return -float(found.sum()) / sum(map(len, answers))
+
+
+# ---------------------------------------------------------------- one run
+
+
+class Curve(TrainerCallback):
+    """Judge a run while it trains, over the stale index and over the one it serves."""
+
+    def __init__(self, at: tuple[int, ...], judged: Judged) -> None:
+        self.at, self.judged, self.points = at, judged, list[dict[str, Any]]()
+        self.trainer: RetrievalAugmentedTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Judge at the steps asked for."""
+        if state.global_step in self.at:
+            self.note(state.global_step)
+
+    def note(self, step: int) -> None:
+        """Measure after so many steps."""
+        live = self.trainer.live_cache
+        for view, vectors in {"stale": live.first, "served": live.corrected}.items():
+            self.points.append({"step": step, "view": view, **judge(self.trainer, vectors, self.judged)})
+
+
+def run(arguments: argparse.Namespace, data: RetrievalData, condition: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train under one condition and judge over every index."""
+    out = folder / f"running-{condition}-{seed}"
+    shutil.rmtree(out, ignore_errors=True)
+    model = RetrievalAugmentedModel.from_pretrained(folder / "reader")
+    reads = condition != "closed_book"
+    settings: dict[str, Any] = {"staleness": "ignore", "objective": arguments.objective, **CONDITIONS[condition]}
+    if condition == "corrector":
+        settings |= {"corrector_kind": arguments.corrector_kind, "corrector_side": arguments.corrector_side}
+        settings |= {"corrector_window": arguments.steps, "corrector_update_steps": 10, "corrector_warmup_steps": 10}
+    if condition == "refresh":
+        settings["refresh_steps"] = arguments.refresh_steps
+    args = RetrievalAugmentedTrainingArguments(
+        str(out), max_steps=arguments.steps, learning_rate=arguments.learning_rate, generator_learning_rate=1e-4,
+        per_device_train_batch_size=arguments.batch, num_passages=arguments.passages if reads else 0, seed=seed,
+        bf16=half_is_fast(), cache_dir=str(folder / "cache"), logging_steps=20, save_strategy="no", report_to=[],
+        disable_tqdm=True, **settings,
+    )  # fmt: skip
+    judged = Judged.of(readable(judged_questions(arguments, data), model), data.corpus)
+    curve = Curve(
+        tuple(range(0, arguments.steps + 1, arguments.steps // 4))[1:], judged.first(arguments.curve_questions)
+    )
+    trainer = RetrievalAugmentedTrainer(
+        model, args, train_dataset=readable(data.train, model), targets=data.corpus, callbacks=[curve] if reads else []
+    )
+    curve.trainer = trainer
+    trainer.hold_out(data.test)
+    trainer.prepare()
+    if reads:
+        curve.note(0)
+    started = time.time()
+    trainer.train()
+    seconds = time.time() - started
+    views: dict[str, Any] = {"served": None}
+    if reads:
+        views = {"stale": trainer.live_cache.first, "served": trainer.live_cache.corrected}
+        views["fresh"] = trainer.run_judge.encode_fresh()
+    evaluation = {name: judge(trainer, view, judged, write=name != "stale") for name, view in views.items()}
+    shown = {
+        name: {key: round(float(np.mean(one)), 4) for key, one in found.items()} for name, found in evaluation.items()
+    }
+    print(f"{condition} seed {seed}: {seconds:.0f} s, {trainer.cost}\n  {shown}", flush=True)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    shutil.rmtree(out)
+    return {"evaluation": evaluation, "curve": curve.points, "cost": trainer.cost, "seconds": seconds, "logs": logs}
+
+
+def judge(
+    trainer: RetrievalAugmentedTrainer, view: Any, judged: Judged, *, write: bool = False
+) -> dict[str, list[float]]:
+    """Return every measure per question over one view of the targets; what is written only on demand."""
+    model, k = trainer.rag, trainer.args.num_passages
+    was_training = model.training
+    find = closed_book if k == 0 else trainer.nearest_passages(view, k=k)
+    options = GenerationOptions(batch_size=32)
+    first = [one[0] for one in judged.answers]
+    found: dict[str, list[float]] = {
+        "answer_log_likelihood": model.answer_log_likelihoods(
+            judged.questions, first, find, options=options
+        ).marginal.tolist()
+    }
+    if k:
+        nearest = trainer.nearest_passages(view, k=10)(trainer.encoder.encode_query(judged.questions))
+        rows = nearest.candidates.ids.tolist()
+        found["gold_recall@10"] = [
+            float(bool(set(ids) & set(gold))) for ids, gold in zip(rows, judged.gold, strict=True)
+        ]
+    if write:
+        texts = [one.best.text for one in model.generate(judged.questions, find, options=options)]
+        pairs = list(zip(texts, judged.answers, strict=True))
+        found["exact_match"] = [exact_match(text, answers) for text, answers in pairs]
+        found["f1"] = [f1(text, answers) for text, answers in pairs]
+    model.train(was_training)
+    return found
+
+
+# ---------------------------------------------------------------- tables and the drawing
+
+
+def print_tables(folder: Path) -> None:
+    """Print quality over the index each run serves, and paired differences."""
+    runs = read_runs(folder)
+    seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
+    if not seeds:
+        print("no seed has run under every condition yet")
+        return
+    print(f"\n## {folder.name}: {len(seeds)} seeds, over the index each run serves without a further pass")
+    for measure in MEASURES:
+        print(f"\n{measure}\ncondition      value [95 %]                     minus ignore               minus refresh")
+        values = {name: table(found, seeds, "served", measure) for name, found in runs.items()}
+        values = {name: one for name, one in values.items() if one is not None}
+        for name, one in values.items():
+            parts = [f"{name:<12} {interval_text(one, '.4f')}"]
+            for other in ("ignore", "refresh"):
+                if other in values and other != name:
+                    parts.append(interval_text(one - values[other], "+.4f"))
+            print("   ".join(parts))
+    print("\nthe same encoders and readers over other indexes\ncondition      index    log-likelihood   recall@10")
+    for name, found in runs.items():
+        for view in ("stale", "fresh"):
+            both = [table(found, seeds, view, measure) for measure in MEASURES[:2]]
+            if both[0] is not None:
+                print(f"{name:<12}   {view:<6} {both[0].mean():12.4f}   {both[1].mean():12.4f}")
+    print("\nencoder passes over targets while training")
+    for name, found in runs.items():
+        costs = {
+            key: int(np.mean([found[seed]["cost"].get(key, 0) for seed in seeds]))
+            for key in (*TRAINING_COSTS, "probe_target_passes")
+        }
+        print(f"{name:<12}   {costs}")
+
+
+def read_runs(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Return all runs of a folder by condition and seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in CONDITIONS:
+        for file in sorted(folder.glob(f"{name}-[0-9]*.json")):
+            found.setdefault(name, {})[int(file.stem.rsplit("-", 1)[1])] = json.loads(file.read_text())
+    return found
+
+
+def table(found: dict[int, dict[str, Any]], seeds: list[int], view: str, measure: str) -> np.ndarray | None:
+    """Return one measure as ``(seeds, questions)``; None where it was not measured."""
+    evaluations = [found[seed]["evaluation"] for seed in seeds]
+    if any(measure not in one.get(view, {}) for one in evaluations):
+        return None
+    return np.array([one[view][measure] for one in evaluations])
+
+
+def interval_text(values: np.ndarray, form: str) -> str:
+    """Return mean, 95 % interval and standard errors from zero over seeds and questions, ``(seeds, questions)``."""
+    generator, means = np.random.default_rng(0), []
+    for _ in range(2000):
+        seeds = generator.integers(len(values), size=len(values))
+        questions = generator.integers(values.shape[1], size=values.shape[1])
+        means.append(values[seeds][:, questions].mean())
+    low, high = np.percentile(means, (2.5, 97.5))
+    errors = values.mean() / max(float(np.std(means)), 1e-9)
+    return f"{values.mean():{form}} [{low:{form}}, {high:{form}}] ({errors:+.1f} se)"
+
+
+def draw(folder: Path) -> None:
+    """Draw likelihood and recall over training steps; skipped without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("not drawn: matplotlib is not installed")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for name, found in read_runs(folder).items():
+        for measure, axes in zip(MEASURES[:2], panels, strict=True):
+            for view in ("served", "stale") if name == "corrector" else ("served",):
+                points: dict[int, list[float]] = {}
+                for one in found.values():
+                    for point in one["curve"]:
+                        if point["view"] == view:
+                            points.setdefault(point["step"], []).append(float(np.mean(point[measure])))
+                if points:
+                    label = name if view == "served" else f"{name}, its index uncorrected"
+                    style = "o-" if view == "served" else "o:"
+                    axes.plot(sorted(points), [np.mean(points[step]) for step in sorted(points)], style, label=label)
+            axes.set(xlabel="training steps", ylabel=measure.replace("_", " "))
+            axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"{folder.name}: held-out questions over the index each run serves")
+    figure.savefig(folder / "over-steps.png", dpi=150)
+    pyplot.close(figure)
+    print("drawn: over-steps.png")
+
+
+if __name__ == "__main__":
+    main()
