@@ -51,7 +51,7 @@ from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
 
 CONDITIONS: dict[str, dict[str, Any]] = {
-    "closed_book": {},
+    "closed_book": {"staleness": "ignore", "objective": "generator_only"},
     "fixed": {"staleness": "ignore", "objective": "generator_only"},
     "ignore": {"staleness": "ignore"},
     "corrector": {"staleness": "corrector"},
@@ -105,7 +105,8 @@ def main() -> None:
     arguments = flags.parse_args()
     print_head("retrieval-augmented fine-tuning on a stale index", arguments)
     data = load(arguments)
-    folder = Path(arguments.output_dir) / arguments.set
+    regime = f"{arguments.layers}-layers-{arguments.steps}-steps-{arguments.passages}-passages-{arguments.objective}"
+    folder = Path(arguments.output_dir) / f"{arguments.set}-{regime}"
     folder.mkdir(parents=True, exist_ok=True)
     warm_reader(arguments, data, folder / "reader")
     for seed in arguments.seeds:
