@@ -316,8 +316,8 @@ def test_a_corrector_fits_other_caches_of_its_encoder_if_it_says_which_that_is(
 
 
 def test_no_secret_reaches_the_record() -> None:
-    from hf_corrector.cli.common import plain_arguments
     from hf_corrector.training.arguments import DualEncoderTrainingArguments
+    from hf_corrector.training.run_record import plain_arguments
 
     written = plain_arguments(DualEncoderTrainingArguments("out", hub_token="hf_secret"))
     assert "hf_secret" not in json.dumps(written)

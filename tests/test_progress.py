@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rag_helpers import generator_of
 from transformers.utils import logging
 
 from hf_corrector._progress import working
@@ -38,7 +39,7 @@ def place(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = root / "data"
     (data / "qrels").mkdir(parents=True)
     targets = [{"_id": f"t{n}", "title": "", "text": f"{WORDS[n % 12]} the files number {n}"} for n in range(TARGETS)]
-    queries = [{"_id": f"q{n}", "text": f"how to {WORDS[n % 12]} {n}"} for n in range(TARGETS)]
+    queries = [{"_id": f"q{n}", "text": f"how to {WORDS[n % 12]} {n}", "answers": [str(n)]} for n in range(TARGETS)]
     for name, rows in (("corpus", targets), ("queries", queries)):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for split, numbers in (("train", range(40)), ("test", range(80, TARGETS))):
@@ -52,6 +53,9 @@ def place(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(root / "new")
     assert main([*call("upgrade", root, tiny_encoder, root / "up"), "--quiet"]) in (0, 3, 4)
+    for part in generator_of("t5"):
+        part.save_pretrained(root / "reader")
+    assert main([*reading_run(root, tiny_encoder, root / "read"), "--quiet"]) == 0
     return root
 
 
@@ -78,11 +82,23 @@ def call(command: str, place: Path, encoder: str, out: Path) -> list[str]:
         "search": ["search", "--cache", cache, "--model", encoder, "--data", data, "--query", "sort the files"],
         "verify": ["verify", cache],
         "report": ["report", str(place / "up"), "--output", str(out)],
+        "push": ["push", str(place / "up"), "someone/up"],
+        "rag-train": reading_run(place, encoder, out),
+        "rag-answer": ["rag-answer", "--model", str(place / "read"), "--question", "how to sort 4"],
     }[command]  # fmt: skip
 
 
+def reading_run(place: Path, encoder: str, out: Path) -> list[str]:
+    return [
+        "rag-train", "--data", str(place / "data"), "--model", encoder, "--reader", str(place / "reader"), "--use_cpu",
+        "--max_steps", "2", "--per_device_train_batch_size", "4", "--num_passages", "2",
+        "--corrector_warmup_steps", "1", "--report_to", "none", "--save_strategy", "no", "--answer_max_length", "16",
+        "--output_dir", str(out),
+    ]  # fmt: skip
+
+
 # The demo is a training run with other defaults. Nothing that search and report do can be counted.
-COUNTED = ("embed", "train", "upgrade", "plan", "evaluate", "apply", "verify")
+COUNTED = ("embed", "train", "rag-train", "upgrade", "plan", "evaluate", "apply", "verify")
 
 
 def drawn(arguments: list[str], monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
@@ -102,6 +118,7 @@ def test_bars_are_drawn_on_a_terminal(
     assert "\r" in drawn(call(command, place, tiny_encoder, tmp_path / "out"), monkeypatch, terminal=True)
 
 
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"demo"}))
 def test_nothing_is_drawn_elsewhere_nor_where_quiet_is_asked_for(
     command: str, place: Path, tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

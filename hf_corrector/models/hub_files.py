@@ -116,6 +116,8 @@ def push_folder(
     for name in files:
         if PurePath(name).name in (FITTED_FILE, UPGRADE_FILE):
             files[name] = _shareable_note(read_json(folder / name))
+        elif PurePath(name).name == "config.json":
+            files[name] = _as_json(_without_paths(read_json(folder / name)))
         elif name == BASE_FILE:
             _check_base(folder / name)
     own = inside(folder, (CARD_FILE,))
@@ -132,7 +134,20 @@ def _shareable_note(note: Any) -> bytes:
     if isinstance(note, dict):
         named = {key: note[key] for key in ("encoder_fingerprint", "leads_to") if isinstance(note.get(key), dict)}
         note = {**note, **{key: shareable(value) for key, value in named.items()}}
-    return (json.dumps(note, indent=2, ensure_ascii=False) + "\n").encode()
+    return _as_json(note)
+
+
+def _without_paths(config: Any) -> Any:
+    """Return a configuration whose parts do not say where on this machine they were loaded from."""
+    if not isinstance(config, dict):
+        return config
+    name = config.get("_name_or_path")
+    local = {"_name_or_path": PurePath(name).name} if isinstance(name, str) and Path(name).is_dir() else {}
+    return {**{key: _without_paths(value) for key, value in config.items()}, **local}
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _check_base(path: Path) -> None:
