@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import HfArgumentParser
 
 from hf_corrector._distributed import exit_together, is_main, on_main
 from hf_corrector.answers import LANGUAGES
@@ -21,8 +19,9 @@ from hf_corrector.cli.common import (
     quieten,
 )
 from hf_corrector.cli.questions import QUESTIONS_HELP, load_questions, load_reader, some_questions
+from hf_corrector.cli.training_flags import parse_training_flags
 from hf_corrector.data.retrieval import RetrievalData
-from hf_corrector.errors import ConfigurationError, DataError, HFCorrectorError
+from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.rag import RetrievalAugmentedModel
 from hf_corrector.rag.default_reader import raise_cross_attention_rate
 from hf_corrector.rag.evaluation import ReadingJudgement, judge_trained, reading_options
@@ -42,10 +41,6 @@ DEFAULT_READER_RATE, CROSS_ATTENTION_FACTOR = 1e-4, 5.0
 # A name stands at the beginning of its source. One answer of SQuAD in 600 has more than 32 tokens, none has 64.
 STDLIB_LENGTHS = {"reader_max_length": 80, "answer_max_length": 32}
 OTHER_LENGTHS = {"answer_max_length": 64}
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults, and the examples as they are written."""
 
 
 @dataclass
@@ -104,25 +99,12 @@ class _DefaultReaderTrainer(RetrievalAugmentedTrainer):
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    flags = HfArgumentParser(
-        cast(Any, [WhatToRead, RetrievalAugmentedTrainingArguments]),
-        formatter_class=_HelpFormatter,
-        prog="hf-corrector rag-train",
+    what, args = parse_training_flags(
+        "rag-train", (WhatToRead, RetrievalAugmentedTrainingArguments), argv,
         description="Train a retriever and a language model that reads what it finds, on questions and answers alone, "
-        "with passages from a corrected cache; then judge on the test split. Every argument of transformers' "
-        "TrainingArguments is one here.",
-        epilog=EXAMPLES,
-    )
-    try:
-        what, args = flags.parse_args_into_dataclasses(argv)
-    except ValueError as error:
-        if isinstance(error, HFCorrectorError):
-            raise
-        raise ConfigurationError(
-            "rag-train", expected="arguments transformers accepts", got=str(error), cure="Change them as it says."
-        ) from error
-    if not any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in argv):
-        raise ConfigurationError("rag-train", expected="--output_dir OUT", got="none", cure="Say where the run goes.")
+        "with passages from a corrected cache; then judge on the test split.",
+        examples=EXAMPLES,
+    )  # fmt: skip
     if what.judged_questions < 0 or args.num_passages < 1:
         raise ConfigurationError(
             "rag-train", expected="--judged_questions of 0 or more and --num_passages of at least 1",

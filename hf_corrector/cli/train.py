@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
-
-from transformers import HfArgumentParser
+from typing import Any
 
 from hf_corrector._distributed import exit_together, is_main, on_main
 from hf_corrector.cli.common import (
@@ -20,8 +17,9 @@ from hf_corrector.cli.common import (
     new_output_folder,
     quieten,
 )
+from hf_corrector.cli.training_flags import parse_training_flags
 from hf_corrector.data.retrieval import RetrievalData, positives_as_rows
-from hf_corrector.errors import ConfigurationError, DataError, HFCorrectorError
+from hf_corrector.errors import DataError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.evaluation.examples import judged_examples
 from hf_corrector.evaluation.staleness import StalenessReport
@@ -37,10 +35,6 @@ examples:
 """
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults, and the examples as they are written."""
-
-
 @dataclass
 class WhatToTrain(EncoderChoice):
     """Encoder and data, for the command line."""
@@ -52,24 +46,11 @@ class WhatToTrain(EncoderChoice):
 
 def run(argv: list[str]) -> int:
     """Run the command."""
-    flags = HfArgumentParser(
-        cast(Any, [WhatToTrain, DualEncoderTrainingArguments]),
-        formatter_class=_HelpFormatter,
-        prog="hf-corrector train",
-        description="Train a dual encoder with hard negatives from a corrected cache, then judge on the test split. "
-        "Every argument of transformers' TrainingArguments is one here.",
-        epilog=EXAMPLES,
-    )
-    try:
-        what, args = flags.parse_args_into_dataclasses(argv)
-    except ValueError as error:
-        if isinstance(error, HFCorrectorError):
-            raise
-        raise ConfigurationError(
-            "train", expected="arguments transformers accepts", got=str(error), cure="Change them as it says."
-        ) from error
-    if not any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in argv):
-        raise ConfigurationError("train", expected="--output_dir OUT", got="none", cure="Say where the run goes.")
+    what, args = parse_training_flags(
+        "train", (WhatToTrain, DualEncoderTrainingArguments), argv,
+        description="Train a dual encoder with hard negatives from a corrected cache, then judge on the test split.",
+        examples=EXAMPLES,
+    )  # fmt: skip
     report = train_and_judge(what, args)
     if is_main():
         print(f"{report.table()}\n\n{report.judgement.sentence()}\n\nwritten to {args.output_dir}")
