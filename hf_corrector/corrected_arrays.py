@@ -57,9 +57,13 @@ def load_array(path: str | Path) -> npt.NDArray[Any]:
     """Map an ``.npy`` file into memory; one that holds pickled objects is never read.
 
     Raises:
-        DataError: If it holds no array of numbers.
-        FileNotFoundError: If there is no such file.
+        DataError: If there is no such file, or it holds no array of numbers.
     """
+    if not Path(path).is_file():
+        raise DataError(
+            str(path), expected="a file in numpy's .npy format", got="no such file",
+            cure="Check the name; write one with numpy.save(path, array).",
+        )  # fmt: skip
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:

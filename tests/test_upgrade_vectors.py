@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.main import main
+from hf_corrector.corrected_arrays import load_array
 from hf_corrector.errors import CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.evaluation.evaluator import JudgeOptions
 from hf_corrector.index_upgrade.options import UpgradeOptions
@@ -330,3 +331,8 @@ def test_help_of_the_command_for_vectors(capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit) as stopped:
             main(["upgrade", *words])
         assert stopped.value.code == 0 and "--old_queries" in capsys.readouterr().out
+
+
+def test_a_file_that_is_not_there_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"got no such file\. Check the name"):
+        load_array(tmp_path / "missing.npy")
