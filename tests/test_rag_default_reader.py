@@ -8,9 +8,11 @@ import pytest
 import torch
 from model_helpers import save_gpt2, save_t5, wordpiece_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BertForMaskedLM,
     DistilBertConfig,
     DistilBertModel,
     EncoderDecoderModel,
@@ -21,7 +23,7 @@ from hf_corrector.errors import ConfigurationError
 from hf_corrector.rag.default_reader import cross_attention_names, default_reader, raise_cross_attention_rate
 
 
-def test_both_halves_start_from_the_encoder_and_the_rest_from_the_seed(tiny_encoder: str) -> None:
+def test_both_halves_start_from_the_encoder_and_the_rest_from_what_is_near(tiny_encoder: str) -> None:
     state = torch.get_rng_state()
     reader, _ = default_reader(tiny_encoder)
     assert torch.equal(torch.get_rng_state(), state)
@@ -38,9 +40,24 @@ def test_both_halves_start_from_the_encoder_and_the_rest_from_the_seed(tiny_enco
         for name, weight in halves["decoder"].items() if name not in new
     )  # fmt: skip
     assert cross_attention_names(reader) == {f"decoder.{name}" for name in new if "crossattention" in name}
-    again, other = default_reader(tiny_encoder)[0], default_reader(tiny_encoder, seed=1)[0]
-    assert all(torch.equal(a, b) for a, b in zip(reader.parameters(), again.parameters(), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(reader.parameters(), other.parameters(), strict=True))
+    for name in cross_attention_names(reader):
+        itself = name.replace(".crossattention.", ".attention.")
+        assert torch.equal(reader.get_parameter(name), reader.get_parameter(itself)), name
+    dense = reader.decoder.cls.predictions.transform.dense
+    assert torch.equal(dense.weight, torch.eye(len(dense.weight)))
+    assert not dense.bias.any()
+    other = default_reader(tiny_encoder, seed=1)[0]
+    assert all(torch.equal(a, b) for a, b in zip(reader.decoder.parameters(), other.decoder.parameters(), strict=True))
+
+
+def test_a_layer_before_the_vocabulary_that_the_encoder_brings_is_kept(tiny_encoder: str, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_encoder)
+    written = BertForMaskedLM(config)
+    written.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path)
+    reader, _ = default_reader(str(tmp_path))
+    known = written.cls.predictions.transform.dense.weight
+    assert torch.equal(reader.decoder.cls.predictions.transform.dense.weight, known)
 
 
 def test_fewer_layers_are_the_first_ones_of_both_halves(tiny_encoder: str) -> None:

@@ -86,9 +86,10 @@ def main() -> None:
     flags.add_argument("--data", help="folder that holds the data sets")
     flags.add_argument("--output_dir", required=True)
     flags.add_argument("--set", choices=list(TARGET_LENGTH), default="default")
-    flags.add_argument("--layers", type=int, default=3, help="of retriever and reader")
+    flags.add_argument("--layers", type=int, default=3, help="of the retriever")
+    flags.add_argument("--reader_layers", type=int, default=6, help="of each half of the reader")
     flags.add_argument(
-        "--reader_steps", type=int, default=250, help="of 16 questions, in which the reader learns to read"
+        "--reader_steps", type=int, default=200, help="of 16 questions, in which the reader learns to read"
     )
     flags.add_argument("--steps", type=int, default=80)
     flags.add_argument("--batch", type=int, default=8, help="questions a step")
@@ -99,7 +100,7 @@ def main() -> None:
     flags.add_argument("--corrector_kind", default="kernel")
     flags.add_argument("--corrector_side", default="tokens")
     flags.add_argument("--questions", type=int, default=200, help="held-out questions to judge by")
-    flags.add_argument("--curve_questions", type=int, default=100, help="of these, while training")
+    flags.add_argument("--curve_questions", type=int, default=64, help="of these, while training")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags.add_argument("--conditions", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS))
     arguments = flags.parse_args()
@@ -108,12 +109,14 @@ def main() -> None:
     regime = f"{arguments.layers}-layers-{arguments.steps}-steps-{arguments.passages}-passages-{arguments.objective}"
     folder = Path(arguments.output_dir) / f"{arguments.set}-{regime}"
     folder.mkdir(parents=True, exist_ok=True)
-    warm_reader(arguments, data, folder / "reader")
+    start = f"{arguments.set}-{arguments.layers}-layers-{arguments.reader_layers}-reader-{arguments.reader_steps}-steps"
+    start_folder = Path(arguments.output_dir) / start
+    warm_reader(arguments, data, start_folder)
     for seed in arguments.seeds:
         for condition in arguments.conditions:
             file = folder / f"{condition}-{seed}.json"
             if not file.exists():
-                found = run(arguments, data, condition, seed, folder)
+                found = run(arguments, data, condition, seed, folder, start_folder)
                 file.write_text(json.dumps(found))
     print_tables(folder)
     draw(folder)
@@ -150,14 +153,13 @@ def warm_reader(arguments: argparse.Namespace, data: RetrievalData, folder: Path
         str(demo_encoder()), num_hidden_layers=arguments.layers, query_max_length=32,
         target_max_length=TARGET_LENGTH[arguments.set],
     )  # fmt: skip
-    reader, tokenizer = default_reader(num_hidden_layers=arguments.layers)
+    reader, tokenizer = default_reader(num_hidden_layers=arguments.reader_layers)
     model = RetrievalAugmentedModel.from_parts(
         retriever, reader, tokenizer, reader_max_length=READER_LENGTH[arguments.set], answer_max_length=16
     )
     train, started = readable(data.train, model), time.time()
-    gold = [next(iter(rows)) for rows in positives_as_rows(train, data.corpus)]
     texts = column(data.corpus, "text")
-    train_reader(model, train, [texts[row] for row in gold], steps=arguments.reader_steps, batch=16, seed=0)
+    train_reader(model, train, gold_passages(train, data), steps=arguments.reader_steps, batch=16, seed=0)
     judged = Judged.of(readable(judged_questions(arguments, data), model), data.corpus)
     generator = torch.Generator().manual_seed(0)
     for name, rows in {
@@ -167,6 +169,12 @@ def warm_reader(arguments: argparse.Namespace, data: RetrievalData, folder: Path
         loss = reader_loss(model, judged, [texts[row] for row in rows])
         print(f"reader, {time.time() - started:.0f} s: held-out loss per token {loss:.2f} with {name}", flush=True)
     model.save_pretrained(folder)
+
+
+def gold_passages(split: Dataset, data: RetrievalData) -> list[str]:
+    """Return the text of the first positive of every question."""
+    texts = column(data.corpus, "text")
+    return [texts[next(iter(rows))] for rows in positives_as_rows(split, data.corpus)]
 
 
 def train_reader(
@@ -180,10 +188,13 @@ def train_reader(
     attending = cross_attention_names(reader)
     groups = [
         {"params": [one for name, one in reader.named_parameters() if (name in attending) == new], "lr": rate}
-        for new, rate in ((True, 5e-4), (False, 1e-4))
+        for new, rate in ((True, 6e-4), (False, 2e-4))
     ]
     optimizer = torch.optim.AdamW(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.05, 1 - step / steps))
+    # Up over 30 steps, then level, then down to a twentieth over the second half.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 30, max(0.05, 2 - 2 * step / steps))
+    )
     generator = torch.Generator().manual_seed(seed)
     reader.train()
     for _ in range(steps):
@@ -193,6 +204,7 @@ def train_reader(
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half_is_fast()):
             loss = -model.read(prompts, wanted).sum() / sum(map(len, wanted))
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -228,17 +240,20 @@ class Curve(TrainerCallback):
             self.note(state.global_step)
 
     def note(self, step: int) -> None:
-        """Measure after so many steps."""
+        """Measure after so many steps; the index as it was at first only where it is not what is served."""
         live = self.trainer.live_cache
-        for view, vectors in {"stale": live.first, "served": live.corrected}.items():
+        views = {"served": live.corrected} | ({} if self.trainer.args.staleness == "ignore" else {"stale": live.first})
+        for view, vectors in views.items():
             self.points.append({"step": step, "view": view, **judge(self.trainer, vectors, self.judged)})
 
 
-def run(arguments: argparse.Namespace, data: RetrievalData, condition: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Train under one condition and judge over every index."""
+def run(
+    arguments: argparse.Namespace, data: RetrievalData, condition: str, seed: int, folder: Path, start: Path
+) -> dict[str, Any]:
+    """Train under one condition from the model in ``start``, and judge over every index."""
     out = folder / f"running-{condition}-{seed}"
     shutil.rmtree(out, ignore_errors=True)
-    model = RetrievalAugmentedModel.from_pretrained(folder / "reader")
+    model = RetrievalAugmentedModel.from_pretrained(start)
     reads = condition != "closed_book"
     settings: dict[str, Any] = {"staleness": "ignore", "objective": arguments.objective, **CONDITIONS[condition]}
     if condition == "corrector":
