@@ -14,10 +14,10 @@ answers alone, no judgement of a passage is seen any more, and only what is retr
 * ``refresh``: the index is encoded anew on the schedule ``--refresh_steps``.
 
 Judged on held-out questions, as training goes on and at its end: marginal log-likelihood of the answer
-log P(a|x) = log Σ_y P(y|x)·P_LM(a|x,y), recall of the gold target among 10, exact match and F1 of generated answers,
-each over the stale index, the one the run itself serves, and a fresh one. Differences are paired by question and seed,
-their intervals over seeds and questions, both drawn anew. Targets of judged questions are held out of the corrector's
-pairs. A run that is in ``--output_dir`` already is not made again.
+log P(a|x) = log Σ_y P(y|x)·P_LM(a|x,y) and recall of the gold target among 10, over the stale index, the one the run
+itself serves, and a fresh one; exact match and F1 of answers written from what the run serves. Differences are paired by
+question and seed, their intervals over seeds and questions, both drawn anew. Targets of judged questions are held out
+of the corrector's pairs. A run that is in ``--output_dir`` already is not made again.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=80)
     flags.add_argument("--batch", type=int, default=8, help="questions a step")
     flags.add_argument("--passages", type=int, default=4)
-    flags.add_argument("--learning_rate", type=float, default=1e-4)
+    flags.add_argument("--learning_rate", type=float, default=3e-4, help="of the retriever")
     flags.add_argument("--objective", default="marginal")
     flags.add_argument("--refresh_steps", default="20")
     flags.add_argument("--corrector_kind", default="kernel")
@@ -106,11 +106,11 @@ def main() -> None:
     arguments = flags.parse_args()
     print_head("retrieval-augmented fine-tuning on a stale index", arguments)
     data = load(arguments)
-    regime = f"{arguments.layers}-layers-{arguments.steps}-steps-{arguments.passages}-passages-{arguments.objective}"
-    folder = Path(arguments.output_dir) / f"{arguments.set}-{regime}"
-    folder.mkdir(parents=True, exist_ok=True)
+    regime = f"{arguments.steps}-steps-at-{arguments.learning_rate}-{arguments.passages}-passages-{arguments.objective}"
     start = f"{arguments.set}-{arguments.layers}-layers-{arguments.reader_layers}-reader-{arguments.reader_steps}-steps"
     start_folder = Path(arguments.output_dir) / start
+    folder = start_folder / regime
+    folder.mkdir(parents=True, exist_ok=True)
     warm_reader(arguments, data, start_folder)
     for seed in arguments.seeds:
         for condition in arguments.conditions:
@@ -286,7 +286,7 @@ def run(
     if reads:
         views = {"stale": trainer.live_cache.first, "served": trainer.live_cache.corrected}
         views["fresh"] = trainer.run_judge.encode_fresh()
-    evaluation = {name: judge(trainer, view, judged, write=name != "stale") for name, view in views.items()}
+    evaluation = {name: judge(trainer, view, judged, write=name == "served") for name, view in views.items()}
     shown = {
         name: {key: round(float(np.mean(one)), 4) for key, one in found.items()} for name, found in evaluation.items()
     }
@@ -303,7 +303,7 @@ def judge(
     model, k = trainer.rag, trainer.args.num_passages
     was_training = model.training
     find = closed_book if k == 0 else trainer.nearest_passages(view, k=k)
-    options = GenerationOptions(batch_size=32)
+    options = GenerationOptions(batch_size=32, compute_dtype="bfloat16" if half_is_fast() else "float32")
     first = [one[0] for one in judged.answers]
     found: dict[str, list[float]] = {
         "answer_log_likelihood": model.answer_log_likelihoods(
@@ -335,7 +335,7 @@ def print_tables(folder: Path) -> None:
     if not seeds:
         print("no seed has run under every condition yet")
         return
-    print(f"\n## {folder.name}: {len(seeds)} seeds, over the index each run serves without a further pass")
+    print(f"\n## {folder.parent.name}, {folder.name}: {len(seeds)} seeds, over the index each run serves")
     for measure in MEASURES:
         print(f"\n{measure}\ncondition      value [95 %]                     minus ignore               minus refresh")
         values = {name: table(found, seeds, "served", measure) for name, found in runs.items()}
