@@ -15,7 +15,7 @@ answers alone, no judgement of a passage is seen any more, and only what is retr
 
 Judged on held-out questions, as training goes on and at its end: marginal log-likelihood of the answer
 log P(a|x) = log Σ_y P(y|x)·P_LM(a|x,y) and recall of the gold target among 10, over the stale index, the one the run
-itself serves, and a fresh one; exact match and F1 of answers written from what the run serves. Differences are paired by
+itself serves, and a fresh one; exact match and F1 of answers written from the second. Differences are paired by
 question and seed, their intervals over seeds and questions, both drawn anew. Targets of judged questions are held out
 of the corrector's pairs. A run that is in ``--output_dir`` already is not made again.
 """
