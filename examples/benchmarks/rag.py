@@ -86,7 +86,7 @@ def main() -> None:
     flags.add_argument("--data", help="folder that holds the data sets")
     flags.add_argument("--output_dir", required=True)
     flags.add_argument("--set", choices=list(TARGET_LENGTH), default="default")
-    flags.add_argument("--layers", type=int, default=3, help="of the retriever")
+    flags.add_argument("--layers", type=int, default=6, help="of the retriever")
     flags.add_argument("--reader_layers", type=int, default=6, help="of each half of the reader")
     flags.add_argument(
         "--reader_steps", type=int, default=200, help="of 16 questions, in which the reader learns to read"
@@ -94,13 +94,14 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=80)
     flags.add_argument("--batch", type=int, default=8, help="questions a step")
     flags.add_argument("--passages", type=int, default=4)
-    flags.add_argument("--learning_rate", type=float, default=3e-4, help="of the retriever")
+    flags.add_argument("--learning_rate", type=float, default=2e-4, help="of the retriever")
     flags.add_argument("--objective", default="marginal")
     flags.add_argument("--refresh_steps", default="20")
     flags.add_argument("--corrector_kind", default="kernel")
     flags.add_argument("--corrector_side", default="tokens")
-    flags.add_argument("--questions", type=int, default=200, help="held-out questions to judge by")
+    flags.add_argument("--questions", type=int, default=600, help="held-out questions to judge by")
     flags.add_argument("--curve_questions", type=int, default=64, help="of these, while training")
+    flags.add_argument("--written_questions", type=int, default=150, help="of these, to which answers are written")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags.add_argument("--conditions", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS))
     arguments = flags.parse_args()
@@ -286,7 +287,10 @@ def run(
     if reads:
         views = {"stale": trainer.live_cache.first, "served": trainer.live_cache.corrected}
         views["fresh"] = trainer.run_judge.encode_fresh()
-    evaluation = {name: judge(trainer, view, judged, write=name == "served") for name, view in views.items()}
+    evaluation = {
+        name: judge(trainer, view, judged, written=arguments.written_questions if name == "served" else 0)
+        for name, view in views.items()
+    }
     shown = {
         name: {key: round(float(np.mean(one)), 4) for key, one in found.items()} for name, found in evaluation.items()
     }
@@ -296,10 +300,8 @@ def run(
     return {"evaluation": evaluation, "curve": curve.points, "cost": trainer.cost, "seconds": seconds, "logs": logs}
 
 
-def judge(
-    trainer: RetrievalAugmentedTrainer, view: Any, judged: Judged, *, write: bool = False
-) -> dict[str, list[float]]:
-    """Return every measure per question over one view of the targets; what is written only on demand."""
+def judge(trainer: RetrievalAugmentedTrainer, view: Any, judged: Judged, *, written: int = 0) -> dict[str, list[float]]:
+    """Return every measure per question over one view of the targets; answers are written to the first ``written``."""
     model, k = trainer.rag, trainer.args.num_passages
     was_training = model.training
     find = closed_book if k == 0 else trainer.nearest_passages(view, k=k)
@@ -316,9 +318,10 @@ def judge(
         found["gold_recall@10"] = [
             float(bool(set(ids) & set(gold))) for ids, gold in zip(rows, judged.gold, strict=True)
         ]
-    if write:
-        texts = [one.best.text for one in model.generate(judged.questions, find, options=options)]
-        pairs = list(zip(texts, judged.answers, strict=True))
+    if written:
+        some = judged.first(written)
+        texts = [one.best.text for one in model.generate(some.questions, find, options=options)]
+        pairs = list(zip(texts, some.answers, strict=True))
         found["exact_match"] = [exact_match(text, answers) for text, answers in pairs]
         found["f1"] = [f1(text, answers) for text, answers in pairs]
     model.train(was_training)
