@@ -94,14 +94,15 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=80)
     flags.add_argument("--batch", type=int, default=8, help="questions a step")
     flags.add_argument("--passages", type=int, default=4)
-    flags.add_argument("--learning_rate", type=float, default=2e-4, help="of the retriever")
+    flags.add_argument("--learning_rate", type=float, default=1.5e-4, help="of the retriever")
+    flags.add_argument("--warmup_steps", type=int, default=10)
     flags.add_argument("--objective", default="marginal")
     flags.add_argument("--refresh_steps", default="20")
     flags.add_argument("--corrector_kind", default="kernel")
     flags.add_argument("--corrector_side", default="tokens")
-    flags.add_argument("--questions", type=int, default=600, help="held-out questions to judge by")
+    flags.add_argument("--questions", type=int, default=500, help="held-out questions to judge by")
     flags.add_argument("--curve_questions", type=int, default=64, help="of these, while training")
-    flags.add_argument("--written_questions", type=int, default=150, help="of these, to which answers are written")
+    flags.add_argument("--written_questions", type=int, default=100, help="of these, to which answers are written")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags.add_argument("--conditions", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS))
     arguments = flags.parse_args()
@@ -264,6 +265,7 @@ def run(
         settings["refresh_steps"] = arguments.refresh_steps
     args = RetrievalAugmentedTrainingArguments(
         str(out), max_steps=arguments.steps, learning_rate=arguments.learning_rate, generator_learning_rate=1e-4,
+        warmup_steps=arguments.warmup_steps,
         per_device_train_batch_size=arguments.batch, num_passages=arguments.passages if reads else 0, seed=seed,
         bf16=half_is_fast(), cache_dir=str(folder / "cache"), logging_steps=20, save_strategy="no", report_to=[],
         disable_tqdm=True, **settings,
