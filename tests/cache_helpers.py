@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forking import forking_context
 
 from hf_corrector.cache import CacheManifest, CachePlan, CacheWriter, TargetCache
 from hf_corrector.cache.shard_files import digest_file
@@ -93,9 +93,7 @@ def forge(folder: Path, file: str, data: bytes) -> None:
 
 def child(target: Callable[..., None], *args: Any) -> ForkServerProcess:
     """Start ``target`` in a process that has this package imported already, and no threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_corrector.cache", "edit_helpers"])
-    process = context.Process(target=target, args=args)
+    process = forking_context().Process(target=target, args=args)
     process.start()
     return process
 

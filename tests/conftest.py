@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,13 @@ from hub_stand_in import Handler, Hub
 from model_helpers import save_bert
 
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a worker of several, and the processes it starts, compute with one thread: they share the cores."""
+    if hasattr(config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +48,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_is_sought_among_new_objects() -> None:
+    """Spare every collection, of which each training asks for several, what has been imported so far: it stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,22 +1,21 @@
-"""Training runs in processes that are killed, forked from one that has imported everything and has no threads."""
+"""Training runs in processes that are killed."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from forking import forking_context
 from peft import LoraConfig, get_peft_model
 from transformers.utils import logging as library_logging
 
@@ -194,58 +193,25 @@ class Ended:
     output: str
 
 
-class WarmProcess:
-    """Forks processes that run :func:`train` and can be killed at any time."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def train(self, run: Run, *, kill: Callable[[], None] | None = None) -> Ended:
-        """Run to the end, or until ``kill`` returns: then the process gets SIGKILL."""
-        self._connection.send(run)
-        pid, started = self._connection.recv(), time.monotonic()
-        if kill is not None:
-            kill()
-            # A process that has ended already is still there, as nobody has been told of its end.
-            os.kill(pid, signal.SIGKILL)
-        self._connection.send("end")
-        return Ended(self._connection.recv(), time.monotonic() - started, (run.out / "output").read_text())
-
-
-@contextmanager
-def warm_process() -> Iterator[WarmProcess]:
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there,))
+def train_apart(run: Run, *, kill: Callable[[], None] | None = None) -> Ended:
+    """Train in a process of its own to the end, or until ``kill`` returns: then it gets SIGKILL."""
+    process = forking_context().Process(target=_run_child, args=(run,))
     process.start()
-    try:
-        yield WarmProcess(here)
-    finally:
-        here.close()
-        process.join(5)
-        process.kill()
-
-
-def _serve(connection: Connection) -> None:
-    # Only modules are loaded here, so that a fork finds nothing half done.
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    context = multiprocessing.get_context("fork")
-    while True:
-        try:
-            run = connection.recv()
-        except EOFError:
-            return
-        process = context.Process(target=_run_child, args=(run,))
-        process.start()
-        connection.send(process.pid)
-        connection.recv()
+    started = time.monotonic()
+    if kill is None:
         process.join(90)
-        process.kill()
-        process.join()
-        connection.send(process.exitcode)
+    else:
+        kill()
+    process.kill()
+    process.join()
+    code = process.exitcode
+    assert code is not None
+    return Ended(code, time.monotonic() - started, (run.out / "output").read_text())
 
 
 def _run_child(run: Run) -> None:
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with (run.out / "output").open("w", buffering=1) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

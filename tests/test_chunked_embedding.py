@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import forking_context
 from model_helpers import BERT, HIDDEN, POSITIONS, TEXTS, save_gpt2
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -234,7 +235,8 @@ def in_process(rank: int, folder: str) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(in_process, (str(tmp_path),), nprocs=2)
+    forking_context()
+    torch.multiprocessing.start_processes(in_process, (str(tmp_path),), nprocs=2, start_method="forkserver")
     model = build_alike()
     losses = [model(*halves(rows), mini_batch_size=3).loss for rows in (slice(0, 4), slice(4, 8))]
     torch.stack(losses).mean().backward()

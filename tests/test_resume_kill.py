@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cache_helpers import folder_in_memory
-from kill_helpers import EVENTS, RESULT, Ended, Run, WarmProcess, differences, drawn_in, warm_process
+from kill_helpers import EVENTS, RESULT, Ended, Run, differences, drawn_in, train_apart
 
 from hf_corrector.training.checkpointing import COMPLETE_MARKER, remove_folder, remove_old_checkpoints
 
@@ -31,22 +31,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 KILLS = 3  # of every variant, wherever they fall
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[WarmProcess]:
-    with warm_process() as process:
-        yield process
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     with folder_in_memory(tmp_path) as path:
         yield path
 
 
-def killed(warm: WarmProcess, run: Run, kill: Callable[[], None]) -> Ended:
+def killed(run: Run, kill: Callable[[], None]) -> Ended:
     """Start or resume a run and kill it; what was complete before must be so after, or be replaced by newer ones."""
     before, incomplete = run.checkpoints(complete=True), run.checkpoints(complete=False)
-    ended = warm.train(run, kill=kill)
+    ended = train_apart(run, kill=kill)
     assert ended.exit_code in (0, -9), ended.output
     after = run.checkpoints(complete=True)
     assert max(map(step_of, after), default=0) >= max(map(step_of, before), default=0)
@@ -57,9 +51,9 @@ def killed(warm: WarmProcess, run: Run, kill: Callable[[], None]) -> Ended:
     return ended
 
 
-def finished(warm: WarmProcess, run: Run) -> Ended:
+def finished(run: Run) -> Ended:
     incomplete = run.checkpoints(complete=False) if run.checkpoints(complete=True) else set()
-    ended = warm.train(run)
+    ended = train_apart(run)
     assert ended.exit_code == 0, ended.output
     check_reports(ended, incomplete)
     return ended
@@ -75,24 +69,22 @@ def step_of(checkpoint: Path) -> int:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
-    warm: WarmProcess, tiny_encoder: str, folder: Path, name: str
-) -> None:
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tiny_encoder: str, folder: Path, name: str) -> None:
     def new_run(kind: str) -> Run:
         return Run(tiny_encoder, folder / kind, VARIANTS[name], adapter=name == "adapter")
 
     whole, kills, draw = new_run("whole"), 0, random.Random(name)
-    length = finished(warm, whole).seconds
+    length = finished(whole).seconds
     for attempt in range(12):
         run = new_run(f"killed-{attempt}")
         for _ in range(KILLS):
             seconds = draw.uniform(0.05, 1.0) * length
-            ended = killed(warm, run, lambda seconds=seconds: time.sleep(seconds))
+            ended = killed(run, lambda seconds=seconds: time.sleep(seconds))
             if ended.exit_code == 0:
                 break
             kills += 1
         else:
-            finished(warm, run)
+            finished(run)
         assert differences(run, whole) == []
         if kills >= KILLS:
             return
@@ -100,33 +92,31 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
 
 
 def test_a_run_killed_before_operations_on_its_files_ends_as_if_it_had_not_been(
-    warm: WarmProcess, tiny_encoder: str, folder: Path
+    tiny_encoder: str, folder: Path
 ) -> None:
     changes = {"refresh_steps": "3", "save_steps": 4, "corrector_side": "tokens", "save_total_limit": 1}
     whole = Run(tiny_encoder, folder / "whole", changes)
-    finished(warm, whole)
+    finished(whole)
     counts, draw = json.loads((whole.out / EVENTS).read_text()), random.Random(3)
     assert set(counts) == {"start", "checkpoint", "refresh", "removing"}
     for stage, count in counts.items():
         assert count > 10
         for number in draw.sample(range(count), 1 if stage == "start" else 3):
             run = Run(tiny_encoder, folder / f"{stage}-{number}", changes)
-            dying = warm.train(replace(run, die_before=(stage, number)))
+            dying = train_apart(replace(run, die_before=(stage, number)))
             assert dying.exit_code == -9
             # Nothing that is half deleted has the name of something whole.
             assert len(list(run.out.glob(".removed-*"))) == (stage == "removing")
-            finished(warm, run)
+            finished(run)
             assert differences(run, whole) == [], f"killed before {stage} {number}"
             assert [one.name for one in run.out.glob("checkpoint-*")] == ["checkpoint-11"]
 
 
-def test_a_run_killed_after_its_last_checkpoint_does_no_further_step(
-    warm: WarmProcess, tiny_encoder: str, folder: Path
-) -> None:
+def test_a_run_killed_after_its_last_checkpoint_does_no_further_step(tiny_encoder: str, folder: Path) -> None:
     run = Run(tiny_encoder, folder / "run", {"max_steps": 4, "logging_steps": 3})
-    finished(warm, run)
+    finished(run)
     first = torch.load(run.out / RESULT, weights_only=True)
-    finished(warm, run)
+    finished(run)
     again = torch.load(run.out / RESULT, weights_only=True)
     assert [name for name, one in first["weights"].items() if not torch.equal(one, again["weights"][name])] == []
     assert {key.split()[1] for key in drawn_in(run)} == {"0", "1", "2", "3"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import platform
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from forking import forking_context
 from peft import LoraConfig, get_peft_model
 
 from hf_corrector.cache.target_cache import TargetCache
@@ -85,8 +85,7 @@ def most_extra_memory(caches: list[Path], encoder: str, out: Path, plan: ScanPla
 
     What a process needs anyway it has got with the small cache.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "hf_corrector.training.dual_encoder_trainer"])
+    context = forking_context()
     here, there = context.Pipe()
     process = context.Process(target=scan_for_some_steps, args=(there, caches, encoder, out, plan), daemon=True)
     process.start()

@@ -7,7 +7,6 @@ A function must be one of a module's top level; rank and size are asked of torch
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -23,13 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-# Imported once per session by a clean process that all others are forked from, as imports take seconds.
-PRELOADED = [
-    "torch.distributed", "hf_corrector.encoding", "hf_corrector.training.dual_encoder_trainer",
-    "hf_corrector.rag.rag_trainer",
-]  # fmt: skip
-TESTS = Path(__file__).parent.parent
+from forking import forking_context, search_path
 
 
 @dataclass(frozen=True)
@@ -54,8 +47,7 @@ def outcomes_on_ranks(
     function: Callable[..., Any], count: int, *args: Any, timeout: float = 60, group_timeout: float = 50
 ) -> list[Outcome]:
     """Return how the function ended in each of ``count`` processes; all are killed after ``timeout`` seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = forking_context()
     with tempfile.TemporaryDirectory() as folder:
         job = _Job(function, args, count=count, folder=Path(folder), group_timeout=group_timeout)
         processes = [context.Process(target=_run_rank, args=(job, rank), daemon=True) for rank in range(count)]
@@ -133,8 +125,7 @@ def launch(
         options = ["--standalone", "--nproc_per_node", str(count), *options]
     else:
         options = ["--num_processes", str(count), "--main_process_port", "0", *options]
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", module, *options, str(script), *args], capture_output=True, text=True, timeout=timeout,
-        check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()},
     )  # fmt: skip

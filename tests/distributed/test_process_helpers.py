@@ -59,6 +59,14 @@ def test_children_that_hang_are_killed_and_named() -> None:
     assert time.monotonic() - start < 30
 
 
+def was_preloaded() -> bool:
+    return "preloaded" in sys.modules
+
+
+def test_processes_are_forked_from_one_that_has_found_what_it_was_to_import() -> None:
+    assert run_on_ranks(was_preloaded, 1) == [True]
+
+
 @pytest.mark.parametrize("action", ["live", "die"])
 def test_a_job_with_a_dead_process_ends_with_an_error(action: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"

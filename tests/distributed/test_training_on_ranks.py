@@ -28,15 +28,16 @@ TARGETS = 4300
 ATTENTION = ["query", "value"]
 
 
-def retrieval_data() -> RetrievalData:
-    """Judged pairs over a corpus of more than a block."""
+@pytest.fixture(scope="module")
+def data() -> RetrievalData:
+    """Judged pairs over a corpus of more than a block, made once for all processes."""
     numbers = range(TARGETS)
     names = [f"{WORDS[n % 13]} {WORDS[n // 13 % 13]} {WORDS[n // 169 % 13]} {n}" for n in numbers]
     rows = [{"anchor": f"how to {name}", "positive": name} for name in names]
     return from_pairs(Dataset.from_list(rows), dev_fraction=0.01, test_fraction=0.01)
 
 
-def trainer_of(encoder: str, out: Path, changes: dict[str, Any]) -> DualEncoderTrainer:
+def trainer_of(encoder: str, data: RetrievalData, out: Path, changes: dict[str, Any]) -> DualEncoderTrainer:
     settings: dict[str, Any] = {
         "max_steps": 4, "per_device_train_batch_size": GLOBAL_BATCH // _distributed.world_size(), "num_negatives": 3,
         "learning_rate": 0.02, "optim": "sgd", "logging_steps": 1, "report_to": [], "save_strategy": "no",
@@ -46,7 +47,6 @@ def trainer_of(encoder: str, out: Path, changes: dict[str, Any]) -> DualEncoderT
     adapted = changes.get("adapted")
     settings.update({name: value for name, value in changes.items() if name != "adapted"})
     args = DualEncoderTrainingArguments(str(out), **settings)
-    data = retrieval_data()
     model: Any = DualEncoderModel.from_encoder(encoder, separate_towers=not args.train_targets)
     if adapted is not None:
         torch.manual_seed(13)
@@ -56,12 +56,12 @@ def trainer_of(encoder: str, out: Path, changes: dict[str, Any]) -> DualEncoderT
     return trainer
 
 
-def train(encoder: str, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
+def train(encoder: str, data: RetrievalData, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Train with ``changes`` to the arguments, ``adapted`` naming the layers that get a LoRA.
 
     Returns what must not depend on the number of processes, and the vectors of the first texts after it.
     """
-    trainer = trainer_of(encoder, out, changes)
+    trainer = trainer_of(encoder, data, out, changes)
     trainer.train()
     trainer.save_model()
     online = None if trainer.live_cache is None else trainer.live_cache.online
@@ -104,11 +104,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_two_and_four_processes_train_as_one(tiny_encoder: str, tmp_path: Path, name: str) -> None:
+def test_two_and_four_processes_train_as_one(tiny_encoder: str, data: RetrievalData, tmp_path: Path, name: str) -> None:
     changes = VARIANTS[name]
-    (alone,) = run_on_ranks(train, 1, tiny_encoder, tmp_path / "1", changes, timeout=180)
+    (alone,) = run_on_ranks(train, 1, tiny_encoder, data, tmp_path / "1", changes, timeout=180)
     for count in (2, 4):
-        results = run_on_ranks(train, count, tiny_encoder, tmp_path / str(count), changes, timeout=180)
+        results = run_on_ranks(train, count, tiny_encoder, data, tmp_path / str(count), changes, timeout=180)
         assert results[0]["losses"] == pytest.approx(alone["losses"], rel=2e-4)
         if alone["rows"] is not None:
             assert torch.equal(results[0]["rows"], alone["rows"])
@@ -126,10 +126,10 @@ def reload(folder: Path) -> torch.Tensor:
 
 
 def test_an_adapter_that_two_processes_trained_has_the_same_vectors_in_another_process(
-    tiny_encoder: str, tmp_path: Path
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
 ) -> None:
     changes = {"adapted": ATTENTION, "save_strategy": "steps", "save_steps": 2}
-    first, second = run_on_ranks(train, 2, tiny_encoder, tmp_path, changes, timeout=180)
+    first, second = run_on_ranks(train, 2, tiny_encoder, data, tmp_path, changes, timeout=180)
     assert torch.equal(first["vectors"], second["vectors"])
     for folder in (tmp_path, tmp_path / "checkpoint-4"):
         assert not (folder / "model.safetensors").exists()
@@ -138,21 +138,21 @@ def test_an_adapter_that_two_processes_trained_has_the_same_vectors_in_another_p
 
 
 def test_bfloat16_on_several_processes_differs_from_one_by_its_rounding_alone(
-    tiny_encoder: str, tmp_path: Path
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
 ) -> None:
     """Gradients are products over other rows, rounded to 8 bits; what is drawn follows them step by step."""
     changes = {"bf16": True, "learning_rate": 0.002}
-    (alone,) = run_on_ranks(train, 1, tiny_encoder, tmp_path / "1", changes, timeout=180)
+    (alone,) = run_on_ranks(train, 1, tiny_encoder, data, tmp_path / "1", changes, timeout=180)
     for count in (2, 4):
-        results = run_on_ranks(train, count, tiny_encoder, tmp_path / str(count), changes, timeout=180)
+        results = run_on_ranks(train, count, tiny_encoder, data, tmp_path / str(count), changes, timeout=180)
         assert results[0]["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-3)
         assert results[0]["losses"] == pytest.approx(alone["losses"], rel=0.02)
         for name, weight in results[0]["weights"].items():
             assert all(torch.equal(weight, other["weights"][name]) for other in results), name
 
 
-def die_in_the_third_step(encoder: str, out: Path) -> None:
-    trainer = trainer_of(encoder, out, {"max_steps": 50})
+def die_in_the_third_step(encoder: str, data: RetrievalData, out: Path) -> None:
+    trainer = trainer_of(encoder, data, out, {"max_steps": 50})
     if _distributed.rank() == 1:
         original = trainer.after_step
 
@@ -166,17 +166,19 @@ def die_in_the_third_step(encoder: str, out: Path) -> None:
 
 
 def test_the_death_of_a_process_ends_the_job_with_an_error_that_names_the_step(
-    tiny_encoder: str, tmp_path: Path
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
 ) -> None:
-    outcomes = outcomes_on_ranks(die_in_the_third_step, 2, tiny_encoder, tmp_path, timeout=120)
+    outcomes = outcomes_on_ranks(die_in_the_third_step, 2, tiny_encoder, data, tmp_path, timeout=120)
     assert outcomes[1].exit_code == -signal.SIGKILL
     assert outcomes[0].exit_code not in (0, None)
     assert isinstance(outcomes[0].error, DistributedError)
     assert "training after step" in str(outcomes[0].error)
 
 
-def resume(encoder: str, out: Path, changes: dict[str, Any], checkpoint: str | None) -> dict[str, torch.Tensor]:
-    trainer = trainer_of(encoder, out, {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, **changes})
+def resume(
+    encoder: str, data: RetrievalData, out: Path, changes: dict[str, Any], checkpoint: str | None
+) -> dict[str, torch.Tensor]:
+    trainer = trainer_of(encoder, data, out, {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, **changes})
     trainer.train(resume_from_checkpoint=checkpoint)
     return {name: tensor.clone() for name, tensor in trainer.encoder.state_dict().items()}
 
@@ -193,10 +195,10 @@ def resume(encoder: str, out: Path, changes: dict[str, Any], checkpoint: str | N
     ids=["affine", "amortised", "network", "adapter", "bfloat16"],
 )
 def test_a_resumed_run_of_two_processes_equals_the_uninterrupted_one_bit_for_bit(
-    tiny_encoder: str, tmp_path: Path, changes: dict[str, Any]
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    whole = run_on_ranks(resume, 2, tiny_encoder, tmp_path, changes, None, timeout=180)
-    again = run_on_ranks(resume, 2, tiny_encoder, tmp_path, changes, str(tmp_path / "checkpoint-2"), timeout=180)
+    whole = run_on_ranks(resume, 2, tiny_encoder, data, tmp_path, changes, None, timeout=180)
+    again = run_on_ranks(resume, 2, tiny_encoder, data, tmp_path, changes, str(tmp_path / "checkpoint-2"), timeout=180)
     for first, second in zip(whole, again, strict=True):
         assert [name for name in first if not torch.equal(first[name], second[name])] == []
         assert all(bool(torch.isfinite(one).all()) for one in first.values())
