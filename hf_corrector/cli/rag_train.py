@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from hf_corrector._distributed import exit_together, is_main, on_main
@@ -23,7 +22,6 @@ from hf_corrector.cli.training_flags import parse_training_flags
 from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.rag import RetrievalAugmentedModel
-from hf_corrector.rag.default_reader import raise_cross_attention_rate
 from hf_corrector.rag.evaluation import ReadingJudgement, judge_trained, reading_options
 from hf_corrector.rag.question_data import first_answers
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
@@ -86,15 +84,6 @@ class WhatToRead(EncoderChoice):
         settings.update({name: value for name, value in given.items() if value is not None})
         reader, tokenizer = load_reader(self.reader, self.reader_layers)
         return RetrievalAugmentedModel.from_parts(self.load(), reader, tokenizer, **settings)
-
-
-class _DefaultReaderTrainer(RetrievalAugmentedTrainer):
-    """Let the new weights of the default reader learn faster than those of MiniLM."""
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        raise_cross_attention_rate(optimizer, self.rag.generator, factor=CROSS_ATTENTION_FACTOR)
-        return optimizer
 
 
 def run(argv: list[str]) -> int:
@@ -163,9 +152,11 @@ def _trainer(
     model = what.compose()
     # The answers of training are checked by the trainer, those of the judgement would be when all the work is done.
     model.reader.answers(first_answers(split))
-    kind: type[RetrievalAugmentedTrainer] = RetrievalAugmentedTrainer
     if what.reader is None:
-        kind = _DefaultReaderTrainer
-        if args.generator_learning_rate is None:
-            args.generator_learning_rate = DEFAULT_READER_RATE
-    return kind(model, args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev)
+        rate = DEFAULT_READER_RATE if args.generator_learning_rate is None else args.generator_learning_rate
+        args.generator_learning_rate = rate
+        if args.cross_attention_learning_rate is None:
+            args.cross_attention_learning_rate = CROSS_ATTENTION_FACTOR * rate
+    return RetrievalAugmentedTrainer(
+        model, args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
+    )  # fmt: skip

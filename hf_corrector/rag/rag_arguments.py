@@ -63,6 +63,14 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
     generator_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the reader; learning_rate if not given."}
     )
+    cross_attention_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of a reader's cross-attention where that was drawn anew (the default reader, and "
+            "others made of two models) and has to be learnt from nothing; that of the rest of the reader if not given. "
+            "Refused for readers without such layers, T5, BART and all decoders for instance."
+        },
+    )
     generator_mini_batch_size: int | None = field(
         default=None,
         metadata={
@@ -85,6 +93,7 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
             "objective_temperature": (self.objective_temperature, 1e-6, INFINITE),
             "reader_weight": (self.reader_weight, 0, INFINITE),
             "generator_learning_rate": (self.generator_learning_rate, 0, INFINITE),
+            "cross_attention_learning_rate": (self.cross_attention_learning_rate, 0, INFINITE),
             "generator_mini_batch_size": (self.generator_mini_batch_size, 1, INFINITE),
         })  # fmt: skip
         frozen = not self.objective_of_step.trains_retriever

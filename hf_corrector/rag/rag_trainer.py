@@ -17,6 +17,7 @@ from hf_corrector.data.retrieval import column, positives_as_rows, validate_corp
 from hf_corrector.encoding import encode_rows
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.index.base import RowVectors
+from hf_corrector.rag.default_reader import cross_attention_names
 from hf_corrector.rag.generation import GenerationOptions
 from hf_corrector.rag.modeling_rag import MiniBatches, RetrievalAugmentedModel, RetrievalAugmentedOutput
 from hf_corrector.rag.objectives import marginal_log_likelihood
@@ -210,24 +211,27 @@ class RetrievalAugmentedTrainer(CacheTrainer):
             self.step_log.show({"scale": self.rag.scale_now})
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make transformers' optimiser, with the reader's own learning rate and no decay of the scale."""
+        """Make transformers' optimiser, with the reader's own learning rates and no decay of the scale."""
         optimizer = super().create_optimizer(model)
-        if self.args.generator_learning_rate is None and self.rag.log_scale is None:
-            return optimizer
-        reader = {id(one) for one in self.rag.generator.parameters()}
-        rate = self.args.generator_learning_rate
-        changes: dict[str, dict[str, float]] = {
-            "retriever": {}, "reader": {} if rate is None else {"lr": rate}, "scale": {"weight_decay": 0.0}
+        rates = {
+            "reader": self.args.generator_learning_rate, "cross_attention": self.args.cross_attention_learning_rate
         }  # fmt: skip
-
-        def kind_of(weight: torch.nn.Parameter) -> str:
-            return "reader" if id(weight) in reader else "scale" if weight is self.rag.log_scale else "retriever"
-
+        changes: dict[str, dict[str, float]] = {
+            "retriever": {}, **{kind: {} if rate is None else {"lr": rate} for kind, rate in rates.items()},
+            "scale": {"weight_decay": 0.0},
+        }  # fmt: skip
+        # Where it has no rate of its own, it has that of the reader.
+        attending = frozenset() if rates["cross_attention"] is None else cross_attention_names(self.rag.generator)
+        kinds = {
+            id(weight): "cross_attention" if name in attending else "reader"
+            for name, weight in self.rag.generator.named_parameters()
+        }
+        kinds[id(self.rag.log_scale)] = "scale"
         split = [
             {**group, "params": some, **change}
             # The first group's learning rate is the clock of the encoder's drift.
             for kind, change in changes.items() for group in optimizer.param_groups
-            if (some := [one for one in group["params"] if kind_of(one) == kind])
+            if (some := [one for one in group["params"] if kinds.get(id(one), "retriever") == kind])
         ]  # fmt: skip
         optimizer.param_groups[:] = split
         return optimizer
@@ -300,4 +304,19 @@ def _checked(model: Any, args: Any) -> RetrievalAugmentedModel:
             "RetrievalAugmentedTrainer", expected="RetrievalAugmentedTrainingArguments", got=type(args).__name__,
             cure="Use RetrievalAugmentedTrainingArguments(output_dir, ...).",
         )  # fmt: skip
+    _check_cross_attention(inner.generator, args)
     return inner
+
+
+def _check_cross_attention(reader: torch.nn.Module, args: RetrievalAugmentedTrainingArguments) -> None:
+    """Refuse a learning rate of layers that a reader has not, or does not train (ConfigurationError)."""
+    if args.cross_attention_learning_rate is None:
+        return
+    attending = cross_attention_names(reader)
+    if not any(weight.requires_grad for name, weight in reader.named_parameters() if name in attending):
+        raise ConfigurationError(
+            "cross_attention_learning_rate",
+            expected="a reader that trains cross-attention drawn anew, such as that of default_reader",
+            got=f"{type(reader).__name__}, which has none to train",
+            cure="Leave it out: generator_learning_rate is that of the whole reader.",
+        )  # fmt: skip

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    EncoderDecoderModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,6 +41,15 @@ _LONGEST_DEFAULT = 512
 def generator_class(config: PreTrainedConfig) -> type[Any]:
     """Return the auto class of a reader."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def freeze_pooler(reader: PreTrainedModel) -> None:
+    """Keep the pooler of a reader made of two models as it is: no reader uses one, so it would never see a gradient."""
+    if isinstance(reader, EncoderDecoderModel):
+        # Not every architecture has one.
+        pooler: torch.nn.Module | None = getattr(reader.encoder, "pooler", None)
+        if pooler is not None:
+            pooler.requires_grad_(False)
 
 
 class StoredRetrievalAugmentedModel(PreTrainedModel):
@@ -157,6 +167,7 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
 
     def restore_trainable(self) -> None:
         """Let those weights ask for gradients that did when the parts were composed; loading forgets it."""
+        freeze_pooler(self.generator)
         for part, names in self._trainable.items():
             for name, weight in self.get_submodule(part).named_parameters():
                 weight.requires_grad_(name in names)
