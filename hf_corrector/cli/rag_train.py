@@ -17,7 +17,7 @@ from hf_corrector.cli.common import (
     new_output_folder,
     quieten,
 )
-from hf_corrector.cli.questions import QUESTIONS_HELP, load_questions, load_reader, some_questions
+from hf_corrector.cli.questions import QUESTIONS_HELP, load_questions, reader_of, some_questions
 from hf_corrector.cli.training_flags import parse_training_flags
 from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.errors import ConfigurationError, DataError
@@ -82,7 +82,7 @@ class WhatToRead(EncoderChoice):
         settings: dict[str, Any] = dict(STDLIB_LENGTHS if self.data == STDLIB else OTHER_LENGTHS)
         given = {"reader_max_length": self.reader_max_length, "answer_max_length": self.answer_max_length}
         settings.update({name: value for name, value in given.items() if value is not None})
-        reader, tokenizer = load_reader(self.reader, self.reader_layers)
+        reader, tokenizer = reader_of(self.reader, self.reader_layers)
         return RetrievalAugmentedModel.from_parts(self.load(), reader, tokenizer, **settings)
 
 
@@ -108,7 +108,7 @@ def run(argv: list[str]) -> int:
 
 
 def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments) -> ReadingJudgement:
-    """Train, save, judge on the test split and write ``run.json``.
+    """Train, save, judge on the test split and write ``run.json`` and model card.
 
     Raises:
         HFCorrectorError: If arguments or data do not fit together; before any work is done.
@@ -119,6 +119,8 @@ def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments)
     data = load_questions(what.data)
     split = some_questions(judged_split(data), what.judged_questions)
     trainer = _trainer(what, args, data, split)
+    asked = {**plain_arguments(what), "judged_split": "dev" if data.test is None else "test"}
+    trainer.run_context = RunContext("rag-train", asked)
     trainer.hold_out(split)
     prepared = time.time()
     trainer.prepare()
@@ -136,9 +138,12 @@ def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments)
         "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
         "judge": time.time() - judged, "total": time.time() - started,
     }  # fmt: skip
-    trainer.run_context = RunContext("rag-train", plain_arguments(what), timing, measured)
-    whole = replace(trainer.run_record(), evaluation=judgement.to_dict())
-    on_main("writing run.json", lambda: whole.save(out))
+    trainer.run_context = replace(trainer.run_context, timing=timing, measured=measured)
+    on_main("writing run.json", lambda: trainer.run_record().save(out))
+    trainer.write_cards(out)
+    if args.push_to_hub:
+        # What was pushed when the model was saved had not been judged; only the card is sent again.
+        trainer.push_to_hub("Judgement in the model card")
     return judgement
 
 

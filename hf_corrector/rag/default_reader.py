@@ -99,7 +99,10 @@ def _check_can_decode(name: str, config: PreTrainedConfig) -> None:
 def _composed(source: TowerSource, config: PreTrainedConfig) -> EncoderDecoderModel:
     decoder_config = source.load_config()
     decoder_config.is_decoder = decoder_config.add_cross_attention = True
-    where: dict[str, Any] = {"revision": source.revision or "main", "dtype": torch.float32}
+    where: dict[str, Any] = {
+        "revision": source.revision or "main", "dtype": torch.float32, "use_safetensors": True,
+        "trust_remote_code": False,
+    }  # fmt: skip
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of weights that are missing or left over, which is as it should be here
     try:

@@ -104,7 +104,7 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
             if config.retriever_adapter is not None:
                 put_on(retriever, config.retriever_adapter)
         if generator is None:
-            generator = generator_class(config.generator).from_config(config.generator)
+            generator = generator_class(config.generator).from_config(config.generator, trust_remote_code=False)
             if config.generator_adapter is not None:
                 put_on(generator, config.generator_adapter)
         self.retriever, self.generator = retriever, generator

@@ -15,8 +15,9 @@ PASSAGES = ("top_k", "softmax")
 class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
     """Extend the arguments of training from a cache by what is read and what is minimised.
 
-    Defaults that differ from transformers: 8 questions a batch, ``remove_unused_columns=False``, and
-    ``metric_for_best_model="answer_log_likelihood"`` where the best model is loaded at the end.
+    Defaults that differ from transformers: 8 questions a batch, ``remove_unused_columns=False``,
+    ``hub_strategy="end"``, and ``metric_for_best_model="answer_log_likelihood"`` where the best model is loaded at the
+    end.
     """
 
     # -- transformers' own, with another default
@@ -67,7 +68,7 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
         default=None,
         metadata={
             "help": "Learning rate of a reader's cross-attention where that was drawn anew (the default reader, and "
-            "others made of two models) and has to be learnt from nothing; that of the rest of the reader if not given. "
+            "others made of two models) and has to be learnt from nothing; as for the rest of the reader if not given. "
             "Refused for readers without such layers, T5, BART and all decoders for instance."
         },
     )
@@ -107,11 +108,6 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
             refuse(
                 "num_passages", expected=f"at least {least} with objective={self.objective!r}", got=self.num_passages,
                 cure="Raise it, or use objective='generator_only' to train a reader without passages.",
-            )  # fmt: skip
-        if self.push_to_hub:
-            refuse(
-                "push_to_hub", expected="False: the run's folder also holds the cache and the tokenised corpus",
-                got="True", cure="Train, then call push_to_hub(repo_id) of the model.",
             )  # fmt: skip
         check_common(self)
 

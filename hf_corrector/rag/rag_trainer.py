@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +14,12 @@ from transformers import TrainerCallback
 
 from hf_corrector._distributed import all_gather_rows, on_main
 from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.cards import card_of_reading_run
 from hf_corrector.data.retrieval import column, positives_as_rows, validate_corpus, with_optional_columns
 from hf_corrector.encoding import encode_rows
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.index.base import RowVectors
+from hf_corrector.models.hub_files import RETRIEVAL_AUGMENTED_FILES
 from hf_corrector.rag.default_reader import cross_attention_names
 from hf_corrector.rag.generation import GenerationOptions
 from hf_corrector.rag.modeling_rag import MiniBatches, RetrievalAugmentedModel, RetrievalAugmentedOutput
@@ -31,14 +34,16 @@ from hf_corrector.rag.question_data import (
     tokenize_passages,
 )
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
-from hf_corrector.records import COSTS
-from hf_corrector.training.cache_trainer import CacheTrainer, RunTargets
+from hf_corrector.records import COSTS, RunRecord
+from hf_corrector.training.cache_trainer import RunTargets
 from hf_corrector.training.live_cache import compute_dtype_of, encode_options_of
+from hf_corrector.training.publishing import PublishingTrainer
+from hf_corrector.training.run_record import RunContext
 
 READER_COSTS = (*COSTS, "probe_target_passes", "reader_passes")
 
 
-class RetrievalAugmentedTrainer(CacheTrainer):
+class RetrievalAugmentedTrainer(PublishingTrainer):
     """Train a retriever and the language model that reads what it finds, from questions and answers alone.
 
     Each step chooses passages for every question from the whole cache (through the corrector), re-encodes those with
@@ -67,6 +72,7 @@ class RetrievalAugmentedTrainer(CacheTrainer):
         live_cache: The cache in use and the corrector's view of it, once :meth:`prepare` has run; None where nothing is
             read.
         cost: Forward passes so far, by purpose: of the encoder in texts, ``reader_passes`` in prompts.
+        judged: What :func:`~hf_corrector.rag.evaluation.judge_trained` found last, as JSON values; empty before.
 
     Raises:
         ConfigurationError: If the arguments cannot work together.
@@ -75,6 +81,8 @@ class RetrievalAugmentedTrainer(CacheTrainer):
 
     args: RetrievalAugmentedTrainingArguments
     cost_names = READER_COSTS
+    published_files = RETRIEVAL_AUGMENTED_FILES
+    run_context = RunContext("rag-train")
 
     def __init__(  # noqa: PLR0913 - transformers' own signature
         self,
@@ -102,6 +110,7 @@ class RetrievalAugmentedTrainer(CacheTrainer):
         for name, split in {"train_dataset": train_dataset, **named}.items():
             if split is not None:
                 check_questions(split, name)
+        self.judged: dict[str, Any] = {}
         self._answers = [] if train_dataset is None else self.rag.reader.answers(first_answers(train_dataset))
         if not args.objective_of_step.trains_retriever:
             self.rag.freeze_retriever()
@@ -133,6 +142,20 @@ class RetrievalAugmentedTrainer(CacheTrainer):
         words = PassageTokens(self.tokens, self.passages, self.encoder.pad_token_id("target"))
         self._chooser = PassageChooser(self.args, words)
         return QuestionDataset(self.tokenize_queries(texts), self.rag.reader.questions(texts), self._answers)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, see :meth:`PublishingTrainer.train`; an earlier judgement is none of what comes of it."""
+        self.judged = {}
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def run_record(self) -> RunRecord:
+        """Return what is known of the run so far, of its reader and of its judgement too."""
+        record = super().run_record()
+        return replace(record, arguments={**record.arguments, **self.rag.describe()}, evaluation=self.judged)
+
+    def model_card(self, record: RunRecord) -> str:
+        """Return the card of retriever and reader."""
+        return card_of_reading_run(record, self.card_facts)
 
     def check_adapters(self) -> None:
         """Accept the adapters of the parts, which are saved with the whole model."""

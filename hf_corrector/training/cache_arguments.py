@@ -31,6 +31,9 @@ class CacheTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the trainer makes its own columns."}
     )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Must stay 'end': with push_to_hub, the saved model and its card are pushed."}
+    )
 
     # -- sampled targets
     uniform_fraction: float = field(
