@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_corrector.rag.modeling_rag import RetrievalAugmentedModel
 from hf_corrector.rag.objectives import OBJECTIVES
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
+from hf_corrector.training.scan_setup import scan_task
 
 SGD = {"optim": "sgd", "learning_rate": 0.01}
 
@@ -106,6 +108,40 @@ def test_a_learning_rate_of_layers_that_are_not_trained_is_refused(tiny_encoder:
         with pytest.raises(ConfigurationError, match=rf"got {name}\w+, which has none to train"):
             rag_trainer(model, tmp_path / "out", cross_attention_learning_rate=1e-3)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_choice_of_a_scan_knows_what_reading_costs(tiny_encoder: str, tmp_path: Path) -> None:
+    """By hand: every weight but embeddings multiplies every token it sees, twice forward and four times backward."""
+    for kind in ("gpt2", "t5"):
+        ops = {}
+        for objective in ("marginal", "leave_one_out"):
+            trainer = rag_trainer(rag_of(tiny_encoder, kind), tmp_path / kind, objective=objective, scan="auto")
+            trainer.prepare()
+            ops[objective] = trainer.source.further_ops
+        reader, style = trainer.rag.generator, trainer.rag.reader
+        weights = {name: one.numel() for name, one in reader.named_parameters()}
+        embedded = {"transformer.wte.weight", "transformer.wpe.weight", "shared.weight"}
+        embedded |= {name for name in weights if "relative_attention_bias" in name}
+        first = {name for name in weights if name.startswith("encoder.")} if kind == "t5" else set()
+        asked, answered, passage = (
+            sum(map(len, tokens)) / len(tokens) for tokens in (
+                style.questions(trainer.train_dataset["query"]),
+                style.answers([one[0] for one in trainer.train_dataset["answers"]]),
+                style.passages(trainer.targets["text"]),
+            )
+        )  # fmt: skip
+        expected = {"marginal": 0.0, "leave_one_out": 0.0}
+        for name, count in weights.items():
+            for passages, objective, factor in ((1, "marginal", 18), (3, "leave_one_out", 6), (2, "leave_one_out", 6)):
+                prompt = asked + passages * passage
+                seen = prompt + answered if kind == "gpt2" else prompt if name in first else answered
+                expected[objective] += (name not in embedded) * 4 * factor * count * seen
+        assert ops["marginal"] == pytest.approx(expected["marginal"], rel=1e-6)
+        assert ops["leave_one_out"] == pytest.approx(expected["leave_one_out"], rel=1e-6)
+        trainer.train()
+        alone = scan_task(trainer.encoder, trainer.args, trainer.live_cache, mean_tokens=9.0, further_ops=0.0)
+        share = float(re.search(r"about ([\d.]+)% of a step", trainer.scan_said).group(1)) / 100
+        assert 0 < share < alone.share(trainer.source.plan)
 
 
 def resumable(encoder: str, out: Path, **changes: Any) -> RetrievalAugmentedTrainer:

@@ -34,6 +34,7 @@ from hf_corrector.rag.question_data import (
     tokenize_passages,
 )
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
+from hf_corrector.rag.reading import reading_ops
 from hf_corrector.records import COSTS, RunRecord
 from hf_corrector.training.cache_trainer import RunTargets
 from hf_corrector.training.live_cache import compute_dtype_of, encode_options_of
@@ -111,6 +112,7 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
             if split is not None:
                 check_questions(split, name)
         self.judged: dict[str, Any] = {}
+        self._asked = self._answered = 0.0  # mean tokens of the reader's questions and answers
         self._answers = [] if train_dataset is None else self.rag.reader.answers(first_answers(train_dataset))
         if not args.objective_of_step.trains_retriever:
             self.rag.freeze_retriever()
@@ -139,9 +141,24 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
     def prepare_queries(self, split: Dataset) -> QuestionDataset:
         """Tokenise the questions for encoder and reader."""
         texts = column(split, "query")
+        questions = self.rag.reader.questions(texts)
+        self._asked, self._answered = (float(np.mean(list(map(len, one)))) for one in (questions, self._answers))
         words = PassageTokens(self.tokens, self.passages, self.encoder.pad_token_id("target"))
         self._chooser = PassageChooser(self.args, words)
-        return QuestionDataset(self.tokenize_queries(texts), self.rag.reader.questions(texts), self._answers)
+        return QuestionDataset(self.tokenize_queries(texts), questions, self._answers)
+
+    def further_ops(self) -> float:
+        """Return the reader's operations in a step: of all prompts of a process, forward and backward."""
+        args, k, room = self.args, self.args.num_passages, self.rag.config.reader_max_length
+        passage = float(np.mean(self.passages.lengths))
+
+        def read(passages: int) -> float:
+            return reading_ops(self.rag.generator, min(self._asked + passages * passage, room), self._answered)
+
+        if not args.objective_of_step.reads_jointly:
+            return 3 * args.per_device_train_batch_size * k * read(1)
+        # With all passages at once; and with all but one, as often as there are passages, without gradient.
+        return args.per_device_train_batch_size * (3 * read(k) + k * read(k - 1))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, see :meth:`PublishingTrainer.train`; an earlier judgement is none of what comes of it."""

@@ -125,7 +125,9 @@ class CacheTrainingArguments(TrainingArguments):
             "choices": SCANS,
         },
     )
-    scan_budget: float = field(default=0.1, metadata={"help": "Share of a step's time that 'auto' may spend."})
+    scan_budget: float = field(
+        default=0.1, metadata={"help": "Share of a step's time, that of a reader included, which 'auto' may spend."}
+    )
     scan_dtype: str = field(
         default="auto",
         metadata={
