@@ -33,7 +33,7 @@ def main(
 
     args = RetrievalAugmentedTrainingArguments(
         output_dir, max_steps=max_steps, objective="marginal", num_passages=4, staleness="corrector",
-        # What the reader attends to its passages with starts from nothing and has to learn faster than the rest.
+        # What the reader attends to its passages with is new to that task and has to learn faster than the rest.
         learning_rate=2e-5, generator_learning_rate=1e-4, cross_attention_learning_rate=5e-4,
         logging_steps=max(1, max_steps // 10), report_to=[], corrector_warmup_steps=min(20, max_steps // 2),
         save_strategy="no", disable_tqdm=True,

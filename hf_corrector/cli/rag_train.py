@@ -34,7 +34,7 @@ examples:
   hf-corrector rag-train --data my_squad_folder --model intfloat/e5-base-v2 --reader HuggingFaceTB/SmolLM2-135M \\
       --staleness corrector --num_passages 8 --generator_mini_batch_size 16 --bf16 --max_steps 1000 --output_dir out-rag
 """
-# Of the default reader, whose cross-attention starts from nothing: found by training it on gold targets.
+# Of the default reader, whose cross-attention is new to its task: found by training it on gold targets.
 DEFAULT_READER_RATE, CROSS_ATTENTION_FACTOR = 1e-4, 5.0
 # A name stands at the beginning of its source. One answer of SQuAD in 600 has more than 32 tokens, none has 64.
 STDLIB_LENGTHS = {"reader_max_length": 80, "answer_max_length": 32}

@@ -107,9 +107,10 @@ def _composed(source: TowerSource, config: PreTrainedConfig) -> EncoderDecoderMo
     logging.set_verbosity_error()  # of weights that are missing or left over, which is as it should be here
     try:
         encoder = AutoModel.from_pretrained(source.name, config=config, **where)
-        decoder, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name, config=decoder_config, output_loading_info=True, **where
         )
+        decoder, found = loaded
     finally:
         logging.set_verbosity(verbosity)
     _start_from_what_is_near(decoder, set(found["missing_keys"]))

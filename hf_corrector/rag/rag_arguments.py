@@ -67,9 +67,9 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
     cross_attention_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of a reader's cross-attention where that was drawn anew (the default reader, and "
-            "others made of two models) and has to be learnt from nothing; as for the rest of the reader if not given. "
-            "Refused for readers without such layers, T5, BART and all decoders for instance."
+            "help": "Learning rate of a reader's attention to what its encoder has read, where that task is new to it "
+            "(the default reader, and others made of two models); as for the rest of the reader if not given. Refused "
+            "for readers without such layers, T5, BART and all decoders for instance."
         },
     )
     generator_mini_batch_size: int | None = field(

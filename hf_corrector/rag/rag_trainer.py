@@ -356,7 +356,7 @@ def _check_cross_attention(reader: torch.nn.Module, args: RetrievalAugmentedTrai
     if not any(weight.requires_grad for name, weight in reader.named_parameters() if name in attending):
         raise ConfigurationError(
             "cross_attention_learning_rate",
-            expected="a reader that trains cross-attention drawn anew, such as that of default_reader",
+            expected="a reader that trains cross-attention which is new to its task, such as that of default_reader",
             got=f"{type(reader).__name__}, which has none to train",
             cure="Leave it out: generator_learning_rate is that of the whole reader.",
         )  # fmt: skip
