@@ -33,8 +33,10 @@ def main(
 
     args = RetrievalAugmentedTrainingArguments(
         output_dir, max_steps=max_steps, objective="marginal", num_passages=4, staleness="corrector",
-        learning_rate=2e-5, generator_learning_rate=3e-4, logging_steps=max(1, max_steps // 10), report_to=[],
-        corrector_warmup_steps=min(20, max_steps // 2), save_strategy="no", disable_tqdm=True,
+        # What the reader attends to its passages with is new to that task and has to learn faster than the rest.
+        learning_rate=2e-5, generator_learning_rate=1e-4, cross_attention_learning_rate=5e-4,
+        logging_steps=max(1, max_steps // 10), report_to=[], corrector_warmup_steps=min(20, max_steps // 2),
+        save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = RetrievalAugmentedTrainer(model, args, train_dataset=data.train, targets=data.corpus)
     # What the test questions look for never teaches the corrector, so that all of them can judge it.

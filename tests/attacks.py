@@ -90,6 +90,23 @@ def code_for_the_tokenizer(folder: Path, sentinel: Path) -> None:
     }))  # fmt: skip
 
 
+def adapter_beside(folder: Path, sentinel: Path) -> None:
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "stranger/other", "target_modules": ["query"]}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    (folder / "adapter_model.bin").write_bytes(pickled(sentinel))
+
+
+def code_for_the_reader(folder: Path, sentinel: Path) -> None:
+    """Name code for the reader inside of a model, and for its tokenizer."""
+    code_beside(folder, sentinel)
+    config = json.loads((folder / "config.json").read_text())
+    mapped = {"AutoModelForCausalLM": "evil.EvilModel", "AutoModelForSeq2SeqLM": "evil.EvilModel"}
+    _edit(folder / "config.json", generator={**config["generator"], "auto_map": mapped})
+    (folder / "reader_tokenizer" / "evil.py").write_text((folder / "evil.py").read_text())
+    tokenizer = {"AutoTokenizer": ["evil.EvilModel", "evil.EvilModel"]}
+    _edit(folder / "reader_tokenizer" / "tokenizer_config.json", auto_map=tokenizer)
+
+
 def key_twice(folder: Path, sentinel: Path) -> None:
     text = (folder / "config.json").read_text().rstrip()
     (folder / "config.json").write_text(text[:-1] + ', "model_type": "bert"}')
@@ -164,6 +181,7 @@ ON_ANY_MODEL = [
     Attack("pickle instead", pickle_instead, "model.safetensors"),
     Attack("pickle by another name", pickle_by_another_name, "header"),
     Attack("code beside", code_beside, None),
+    Attack("adapter beside", adapter_beside, "adapter"),
     Attack("key twice", key_twice, "duplicate keys"),
     Attack("not a number", not_a_number, "NaN"),
     Attack("deep JSON", deep_json, "JSON"),
@@ -174,8 +192,10 @@ ON_ANY_MODEL = [
     Attack("link out", link_out, "a link to", in_a_folder=True),
     Attack("config linked out", config_linked_out, "a link to", in_a_folder=True),
 ]
-ON_A_DUAL_ENCODER = [
+# Of models that may have a tokenizer, or parts.
+ON_LARGER_MODELS = [
     Attack("code for the tokenizer", code_for_the_tokenizer, None),
     Attack("parts elsewhere", parts_elsewhere, "plain file names"),
     Attack("pickled parts", pickled_parts, r"\*.safetensors"),
 ]
+ON_A_READER = [Attack("code for the reader", code_for_the_reader, None)]

@@ -13,10 +13,13 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -315,3 +318,12 @@ os.environ.update({
     "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
 })  # fmt: skip
 threading.Thread(target=_SERVER.serve_forever, daemon=True).start()
+
+
+def in_a_fresh_process(code: str, folder: Path) -> str:
+    """Run code in a process with an empty local cache of the Hub; returns what it prints."""
+    environment = {**os.environ, "HF_HUB_CACHE": str(folder / "fresh-cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from forking import forking_context
 from peft import LoraConfig, get_peft_model
+from rag_helpers import rag_of, rag_trainer
 from transformers.utils import logging as library_logging
 
 from hf_corrector import _distributed
@@ -24,7 +25,9 @@ from hf_corrector._files import hash_strings
 from hf_corrector.data.pairs import from_pairs
 from hf_corrector.models.contrast import SampledTargets
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.rag.passages import RetrievedTargets
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.cache_trainer import CacheTrainer
 from hf_corrector.training.checkpointing import COMPLETE_MARKER
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
@@ -40,13 +43,15 @@ NEVER_EQUAL = ("share_", "train_", "passes_initial_target", "passes_refresh_targ
 class Run:
     """A run that can be started again and again in the same folder.
 
-    With ``die_before``, a stage and a number, it kills itself before so many operations on files of that stage.
+    With ``reader``, it trains a retriever with one. With ``die_before``, a stage and a number, it kills itself before
+    so many operations on files of that stage.
     """
 
     encoder: str
     out: Path
     changes: dict[str, Any] = field(default_factory=dict)
     adapter: bool = False
+    reader: bool = False
     die_before: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
@@ -58,14 +63,16 @@ class Run:
         return {one for one in found if (one / COMPLETE_MARKER).exists() == complete}
 
 
-def trainer_of(run: Run) -> DualEncoderTrainer:
+def trainer_of(run: Run) -> CacheTrainer:
     settings: dict[str, Any] = {
-        "max_steps": 11, "per_device_train_batch_size": 8 // _distributed.world_size(), "num_negatives": 2,
+        "max_steps": 11, "per_device_train_batch_size": 8 // _distributed.world_size(),
         "learning_rate": 5e-3, "logging_steps": 1, "report_to": [], "save_strategy": "steps", "save_steps": 2,
         "save_total_limit": 2, "disable_tqdm": True, "use_cpu": True, "corrector_warmup_steps": 2,
-        "corrector_update_steps": 2, "corrector_window": 50, "seed": 5, "scan": "full",
+        "corrector_update_steps": 2, "corrector_window": 50, "seed": 5, "scan": "full", **run.changes,
     }  # fmt: skip
-    args = DualEncoderTrainingArguments(str(run.out), **{**settings, **run.changes})
+    if run.reader:
+        return rag_trainer(rag_of(run.encoder, "gpt2", dropout=0.1, learn_scale=True), run.out, **settings)
+    args = DualEncoderTrainingArguments(str(run.out), **{"num_negatives": 2, **settings})
     pairs = [(colour, thing) for colour in COLOURS for thing in THINGS]
     rows = [{"anchor": f"find the {one} {two}", "positive": f"the {two} is {one}"} for one, two in pairs]
     data = from_pairs(Dataset.from_list(rows), dev_fraction=0.1, test_fraction=0.1)
@@ -85,7 +92,7 @@ def train(run: Run) -> None:
         note_what_is_drawn(trainer, lambda line: drawn.write(line + "\n"))
         trainer.train(resume_from_checkpoint=True if run.checkpoints(complete=True) else None)
     if _distributed.is_main():
-        state = {name: tensor.clone() for name, tensor in trainer.encoder.state_dict().items()}
+        state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
         online = None if trainer.live_cache is None else trainer.live_cache.online
         result = {
             "weights": state, "history": trainer.state.log_history, "cost": dict(trainer.cost),
@@ -120,19 +127,20 @@ def _stage_of(event: str, args: tuple[Any, ...], out: str) -> str | None:
     return next((stage for start, stage in stages.items() if below.startswith(start)), None)
 
 
-def note_what_is_drawn(trainer: DualEncoderTrainer, write: Callable[[str], Any]) -> None:
-    """Write step, batch within the step, and a digest of the targets the model is asked to encode and contrast."""
+def note_what_is_drawn(trainer: CacheTrainer, write: Callable[[str], Any]) -> None:
+    """Write step, batch within the step, and a digest of the targets the model is to encode, to contrast or to read."""
     counts: dict[int, int] = {}
 
     def before(model: torch.nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         choose = inputs["candidate_fn"]
 
-        def noted(queries: torch.Tensor) -> SampledTargets:
-            part: SampledTargets = choose(queries)
+        def noted(queries: torch.Tensor) -> SampledTargets | RetrievedTargets:
+            part: SampledTargets | RetrievedTargets = choose(queries)
             step = trainer.state.global_step
             counts[step] = counts.get(step, -1) + 1
             tokens = [] if part.tokens is None else part.tokens["input_ids"].tolist()
-            digest = hash_strings([str(tokens), str(part.allowed.tolist()), str(queries.tolist())])
+            used = part.allowed if isinstance(part, SampledTargets) else part.candidates.ids
+            digest = hash_strings([str(tokens), str(used.tolist()), str(queries.tolist())])
             write(f"{step} {counts[step]} {digest}")
             return part
 

@@ -23,10 +23,12 @@ from transformers import (
 )
 
 from hf_corrector.batching import pad_tokens
+from hf_corrector.index.base import TensorVectors
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.text_encoding import Tokens
+from hf_corrector.rag.generation import GenerationOptions
 from hf_corrector.rag.modeling_rag import RetrievalAugmentedModel
-from hf_corrector.rag.passages import RetrievedTargets, distinct_rows
+from hf_corrector.rag.passages import NearestPassages, RetrievedTargets, distinct_rows
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
 from hf_corrector.sampling import Candidates
@@ -114,6 +116,19 @@ def retrieved_of(
     if fresh:
         return RetrievedTargets(candidates, places, words, tokens=tokens)
     return RetrievedTargets(candidates, places, words, vectors=model.retriever.encode_target(chosen))
+
+
+def answers_of(model: RetrievalAugmentedModel) -> dict[str, Any]:
+    """Return vectors and answers of a model, by both methods and by beams."""
+    targets = model.retriever.encode_target(PASSAGES)
+    find = NearestPassages(TensorVectors(targets), model.reader.passages(PASSAGES), k=3)
+    ways = (GenerationOptions(), GenerationOptions(method="fast"), GenerationOptions(num_beams=2))
+    found = [one for way in ways for one in model.generate(QUESTIONS, find, options=way)]
+    return {
+        "queries": model.retriever.encode_query(QUESTIONS), "targets": targets,
+        "answers": [[(one.text, one.log_prob, one.passage_log_probs) for one in each.answers] for each in found],
+        "rows": [each.rows for each in found],
+    }  # fmt: skip
 
 
 COLOURS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")

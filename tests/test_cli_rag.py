@@ -167,4 +167,6 @@ def test_the_command_trains_the_default_reader(places: dict[str, str], tmp_path:
         "--num_passages=1", "--per_device_train_batch_size=2", f"--output_dir={out}", "--use_cpu=true",
         "--report_to=none", "--disable_tqdm=true", "--judged_questions=2", "--corrector_warmup_steps=0",
     ]) == 0  # fmt: skip
-    assert json.loads((out / "run.json").read_text())["arguments"]["generator_learning_rate"] == 1e-4
+    arguments = json.loads((out / "run.json").read_text())["arguments"]
+    assert arguments["generator_learning_rate"] == 1e-4
+    assert arguments["cross_attention_learning_rate"] == pytest.approx(5e-4)

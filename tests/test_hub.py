@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 import torch
 from cache_helpers import FINGERPRINT, build, make_plan, make_vectors
 from datasets import Dataset
-from hub_stand_in import ENDPOINT, Hub, Repository, sha256
+from hub_stand_in import ENDPOINT, Hub, Repository, in_a_fresh_process, sha256
 from model_helpers import save_bert
 
 from hf_corrector import FittedCorrector, PushOptions
@@ -298,15 +295,6 @@ def test_a_damaged_or_misleading_cache_of_the_hub_is_refused(hub: Hub, tmp_path:
 
 
 # ---------------------------------------------------------------------- dual encoders and trainers
-
-
-def in_a_fresh_process(code: str, folder: Path) -> str:
-    """Run code in a process with an empty local cache of the Hub; returns what it prints."""
-    environment = {**os.environ, "HF_HUB_CACHE": str(folder / "fresh-cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_a_dual_encoder_comes_back_with_both_tokenizers(tiny_encoder: str, hub: Hub, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from transformers import (
 
 from hf_corrector._extras import demo_encoder
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.rag.default_reader import cross_attention_names, default_reader, raise_cross_attention_rate
+from hf_corrector.models import DualEncoderModel
+from hf_corrector.rag import RetrievalAugmentedModel
+from hf_corrector.rag.default_reader import cross_attention_names, default_reader
 
 
 def test_both_halves_start_from_the_encoder_and_the_rest_from_what_is_near(tiny_encoder: str) -> None:
@@ -114,18 +116,18 @@ def test_it_learns_to_copy_what_it_reads(tiny_encoder: str) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_cross_attention_may_learn_faster_than_what_was_known(tiny_encoder: str) -> None:
-    reader, _ = default_reader(tiny_encoder)
-    other = torch.nn.Linear(2, 2)
-    groups = [{"params": list(reader.parameters()), "lr": 1e-4}, {"params": list(other.parameters()), "lr": 1e-2}]
-    optimizer = torch.optim.AdamW(groups)
-    raise_cross_attention_rate(optimizer, reader, factor=5.0)
-    rate = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
-    new = cross_attention_names(reader)
-    assert len(rate) == len(list(reader.parameters())) + 2 and new
-    for name, weight in reader.named_parameters():
-        assert rate[id(weight)] == pytest.approx(5e-4 if name in new else 1e-4)
-    assert all(rate[id(weight)] == 1e-2 for weight in other.parameters())
+def test_a_pooler_stays_frozen_when_it_is_composed_and_when_it_is_loaded(tiny_encoder: str, tmp_path: Path) -> None:
+    """No reader uses it: asking for gradients that never come, it would stop training over several processes."""
+    reader, tokenizer = default_reader(tiny_encoder)
+    reader.save_pretrained(tmp_path / "reader")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "reader")
+    assert again.encoder.pooler.dense.weight.requires_grad, "loading forgets it"
+    model = RetrievalAugmentedModel.from_parts(DualEncoderModel.from_encoder(tiny_encoder), again, tokenizer)
+    model.save_pretrained(str(tmp_path / "model"))
+    for one in (model, RetrievalAugmentedModel.from_pretrained(str(tmp_path / "model"))):
+        assert {name for name, weight in one.named_parameters() if not weight.requires_grad} == {
+            "generator.encoder.pooler.dense.weight", "generator.encoder.pooler.dense.bias",
+        }  # fmt: skip
 
 
 def test_the_demo_encoder_is_the_default() -> None:

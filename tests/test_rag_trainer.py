@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from rag_helpers import generator_of, question_data, rag_of, rag_trainer
 from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CheckpointError, ConfigurationError, DataError
 from hf_corrector.models import DualEncoderModel
+from hf_corrector.rag.default_reader import cross_attention_names
 from hf_corrector.rag.modeling_rag import RetrievalAugmentedModel
 from hf_corrector.rag.objectives import OBJECTIVES
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
+from hf_corrector.training.scan_setup import scan_task
 
 SGD = {"optim": "sgd", "learning_rate": 0.01}
 
@@ -67,6 +70,78 @@ def test_learning_rates_of_parts_are_their_own(tiny_encoder: str, tmp_path: Path
     assert scale["weight_decay"] == 0.0 and len(scale["params"]) == 1
     counted = sum(len(group["params"]) for group in groups)
     assert counted == sum(one.requires_grad for one in trainer.rag.parameters())
+
+
+def test_new_cross_attention_has_a_learning_rate_of_its_own(tiny_encoder: str, tmp_path: Path) -> None:
+    rates = {"cross_attention_learning_rate": 5e-3, "learning_rate": 1e-5}
+    for reader_rate in (7e-4, None):
+        trainer = rag_trainer(
+            rag_of(tiny_encoder, "bert2bert"), tmp_path, generator_learning_rate=reader_rate, weight_decay=0.1, **rates
+        )  # fmt: skip
+        trainer.create_optimizer()
+        found = {id(one): group for group in trainer.optimizer.param_groups for one in group["params"]}
+        names = cross_attention_names(trainer.rag.generator)
+        trained = {name: one for name, one in trainer.rag.generator.named_parameters() if one.requires_grad}
+        assert names and names < set(trained)
+        for name, one in trained.items():
+            assert found[id(one)]["lr"] == (5e-3 if name in names else 1e-5 if reader_rate is None else reader_rate)
+            assert (found[id(one)]["weight_decay"] == 0.0) == (name.endswith("bias") or "LayerNorm" in name)
+        assert all(found[id(one)]["lr"] == 1e-5 for one in trainer.encoder.parameters() if one.requires_grad)
+        assert len(found) == sum(one.requires_grad for one in trainer.rag.parameters())
+    # A subclass of no kind is needed for the first step to move them by their own rate.
+    before = weights(trainer.rag.generator)
+    trainer.args.max_steps = 1
+    trainer.train()
+    moved = {
+        name: float((one - before[name]).abs().max()) for name, one in trainer.rag.generator.state_dict().items()
+        if name in trained
+    }  # fmt: skip
+    assert max(moved[name] for name in moved.keys() - names) < 2e-5
+    assert max(moved[name] for name in names) == pytest.approx(5e-3, rel=0.2)
+
+
+def test_a_learning_rate_of_layers_that_are_not_trained_is_refused(tiny_encoder: str, tmp_path: Path) -> None:
+    frozen = rag_of(tiny_encoder, "bert2bert")
+    frozen.generator.decoder.requires_grad_(False)
+    models = {"GPT2": rag_of(tiny_encoder, "gpt2"), "T5": rag_of(tiny_encoder, "t5"), "EncoderDecoder": frozen}
+    for name, model in models.items():
+        with pytest.raises(ConfigurationError, match=rf"got {name}\w+, which has none to train"):
+            rag_trainer(model, tmp_path / "out", cross_attention_learning_rate=1e-3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_choice_of_a_scan_knows_what_reading_costs(tiny_encoder: str, tmp_path: Path) -> None:
+    """By hand: every weight but embeddings multiplies every token it sees, twice forward and four times backward."""
+    for kind in ("gpt2", "t5"):
+        ops = {}
+        for objective in ("marginal", "leave_one_out"):
+            trainer = rag_trainer(rag_of(tiny_encoder, kind), tmp_path / kind, objective=objective, scan="auto")
+            trainer.prepare()
+            ops[objective] = trainer.source.further_ops
+        reader, style = trainer.rag.generator, trainer.rag.reader
+        weights = {name: one.numel() for name, one in reader.named_parameters()}
+        embedded = {"transformer.wte.weight", "transformer.wpe.weight", "shared.weight"}
+        embedded |= {name for name in weights if "relative_attention_bias" in name}
+        first = {name for name in weights if name.startswith("encoder.")} if kind == "t5" else set()
+        asked, answered, passage = (
+            sum(map(len, tokens)) / len(tokens) for tokens in (
+                style.questions(trainer.train_dataset["query"]),
+                style.answers([one[0] for one in trainer.train_dataset["answers"]]),
+                style.passages(trainer.targets["text"]),
+            )
+        )  # fmt: skip
+        expected = {"marginal": 0.0, "leave_one_out": 0.0}
+        for name, count in weights.items():
+            for passages, objective, factor in ((1, "marginal", 18), (3, "leave_one_out", 6), (2, "leave_one_out", 6)):
+                prompt = asked + passages * passage
+                seen = prompt + answered if kind == "gpt2" else prompt if name in first else answered
+                expected[objective] += (name not in embedded) * 4 * factor * count * seen
+        assert ops["marginal"] == pytest.approx(expected["marginal"], rel=1e-6)
+        assert ops["leave_one_out"] == pytest.approx(expected["leave_one_out"], rel=1e-6)
+        trainer.train()
+        alone = scan_task(trainer.encoder, trainer.args, trainer.live_cache, mean_tokens=9.0, further_ops=0.0)
+        share = float(re.search(r"about ([\d.]+)% of a step", trainer.scan_said).group(1)) / 100
+        assert 0 < share < alone.share(trainer.source.plan)
 
 
 def resumable(encoder: str, out: Path, **changes: Any) -> RetrievalAugmentedTrainer:
@@ -233,6 +308,7 @@ def test_questions_that_cannot_be_trained_on_are_refused_before_any_work(
         ({"num_passages": 0}, "num_passages: expected at least 1"),
         ({"staleness": "rerank", "rerank_candidates": 2}, "rerank_candidates"),
         ({"generator_mini_batch_size": 0}, "generator_mini_batch_size"),
+        ({"cross_attention_learning_rate": -1e-3}, "cross_attention_learning_rate: expected at least 0"),
         ({"objective_temperature": 0.0}, "objective_temperature"),
         ({"staleness": "refresh"}, "refresh_steps"),
         ({"drift_bound": 0.1, "objective": "generator_only"}, "drift_bound"),

@@ -18,6 +18,7 @@ from hf_corrector import EncodeOptions, TargetCache, UpgradeOptions, build_cache
 from hf_corrector.cli.main import main
 from hf_corrector.data.datasets import load_retrieval_data
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
+from hf_corrector.rag import RetrievalAugmentedModel
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "examples").rglob("*.md"))]
@@ -134,13 +135,15 @@ def test_the_example_of_reading_runs(answerable: Path, capsys: pytest.CaptureFix
     assert re.search(r" -\d.* t\d+\n$", capsys.readouterr().out)
 
 
-def test_the_commands_of_reading_run(answerable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_of_reading_run(answerable: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     lines = block("bash", "rag-train", "examples/rag.md").strip().splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         words = shlex.split(line.replace("--max_steps 1000", "--max_steps 2 --report_to none"))
         assert main(words[1:]) == 0, line
     assert "from t" in capsys.readouterr().out
+    named = re.search(r'RetrievalAugmentedModel.from_pretrained\("([^"]*)"\)', TEXTS["examples/rag.md"])
+    assert named is not None and RetrievalAugmentedModel.from_pretrained(named.group(1)).reader
 
 
 def test_the_example_of_langchain_runs(upgradable: Path) -> None:

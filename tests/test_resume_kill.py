@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reranked, pooled": {"staleness": "rerank", "rerank_candidates": 6, "scan": "pooled", "scan_pool": 20},
     "logged later, shortlist": {"logging_steps": 5, "save_steps": 3, "scan": "shortlist", "scan_shortlist": 10},
     "adapter": {"mini_batch_size": 3},
+    "reader, drawn passages": {"max_steps": 7, "passages": "softmax", "generator_mini_batch_size": 9},
 }
 KILLS = 3  # of every variant, wherever they fall
 
@@ -71,7 +72,9 @@ def step_of(checkpoint: Path) -> int:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tiny_encoder: str, folder: Path, name: str) -> None:
     def new_run(kind: str) -> Run:
-        return Run(tiny_encoder, folder / kind, VARIANTS[name], adapter=name == "adapter")
+        return Run(
+            tiny_encoder, folder / kind, VARIANTS[name], adapter=name == "adapter", reader=name.startswith("reader")
+        )  # fmt: skip
 
     whole, kills, draw = new_run("whole"), 0, random.Random(name)
     length = finished(whole).seconds

@@ -16,12 +16,12 @@ from hf_corrector.scans.choice import AMORTISED_STEPS, UNNOTICED_SECONDS
 # BERT-base, 32 queries with 8 negatives of 128 tokens each, on one thread.
 TASK = ScanTask(
     targets=100_000, dim=768, batch=32, processes=1, correction_ops=2.0 * 768**2, steps_between_fits=10,
-    encoder_ops=6.0 * 86e6 * 320 * 128, half_encoder=False, device="cpu",
+    step_ops=6.0 * 86e6 * 320 * 128, half_encoder=False, device="cpu",
 )  # fmt: skip
 SIZES = [1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000]
 BUDGETS = [0.0, 1e-4, 0.001, 0.01, 0.03, 0.1, 0.3, 0.9, 1.0]
 TASKS = [
-    TASK, replace(TASK, device="cuda", half_encoder=True), replace(TASK, encoder_ops=1e11),
+    TASK, replace(TASK, device="cuda", half_encoder=True), replace(TASK, step_ops=1e11),
     replace(TASK, correction_ops=0.0), replace(TASK, processes=8, batch=256), replace(TASK, steps_between_fits=1),
 ]  # fmt: skip
 WANTED = ScanPlan(snapshot_bytes=2**50)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from attacks import ON_A_DUAL_ENCODER, ON_ANY_MODEL, Attack, pickled
+from attacks import ON_A_READER, ON_ANY_MODEL, ON_LARGER_MODELS, Attack, pickled
 from hub_stand_in import Hub, Repository
+from rag_helpers import rag_of
 from transformers import AutoConfig, AutoModel
 
 from hf_corrector._untrusted import check_files, inside
 from hf_corrector.errors import InputError
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
 from hf_corrector.models.hub_files import CORRECTOR_FILES
+from hf_corrector.rag import RetrievalAugmentedModel
 
 
 @pytest.fixture
@@ -39,7 +41,9 @@ def as_repository(hub: Hub, folder: Path, name: str) -> str:
     return name
 
 
-def check(attack: Attack, load: type[CorrectorModel] | type[DualEncoderModel], name: str, sentinel: Path) -> None:
+def check(
+    attack: Attack, load: type[CorrectorModel | DualEncoderModel | RetrievalAugmentedModel], name: str, sentinel: Path
+) -> None:
     if attack.refused is None:
         assert isinstance(load.from_pretrained(name), load)
     else:
@@ -64,11 +68,33 @@ def test_no_repository_of_a_corrector_gets_through(attack: Attack, corrector: Pa
     assert not any(name.endswith((".bin", ".py", ".pt", ".pkl")) for name in asked)
 
 
-@pytest.mark.parametrize("attack", [*ON_ANY_MODEL[:4], *ON_A_DUAL_ENCODER], ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", [*ON_ANY_MODEL[:5], *ON_LARGER_MODELS], ids=lambda attack: attack.name)
 def test_no_folder_of_a_dual_encoder_gets_through(attack: Attack, saved_encoder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved_encoder, tmp_path / "model"))
     attack.change(folder, tmp_path / "sentinel")
     check(attack, DualEncoderModel, str(folder), tmp_path / "sentinel")
+
+
+@pytest.fixture(scope="module")
+def saved_reader(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    rag_of(tiny_encoder, "t5").save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "attack", [*ON_ANY_MODEL[:5], *ON_LARGER_MODELS, *ON_A_READER], ids=lambda attack: attack.name
+)  # fmt: skip
+def test_nothing_of_a_retriever_with_its_reader_gets_through(
+    attack: Attack, saved_reader: Path, tmp_path: Path, hub: Hub
+) -> None:
+    folder = Path(shutil.copytree(saved_reader, tmp_path / "model"))
+    attack.change(folder, tmp_path / "sentinel")
+    name = as_repository(hub, folder, f"stranger/{attack.name.replace(' ', '-')}")
+    for one in (str(folder), name):
+        check(attack, RetrievalAugmentedModel, one, tmp_path / "sentinel")
+    asked = {one.rsplit("/", 1)[-1] for one in hub.asked if "/resolve/" in one}
+    assert not any(name.endswith((".bin", ".py", ".pt", ".pkl")) for name in asked)
 
 
 def test_the_corrector_inside_of_a_dual_encoder_is_looked_at_too(saved_encoder: Path, tmp_path: Path) -> None:

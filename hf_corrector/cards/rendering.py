@@ -67,7 +67,7 @@ def card_of_run(record: RunRecord, facts: CardFacts | None = None, *, of_encoder
         of_encoder: Whether it is the card of a dual encoder that was trained rather than of the corrector.
     """
     facts = CardFacts() if facts is None else facts
-    corrector, is_encoder = facts.name_encoders(_described(record)), of_encoder
+    corrector, is_encoder = facts.name_encoders(described(record)), of_encoder
     stale, fresh = _encoder(corrector, "stale_encoder"), _encoder(corrector, "fresh_encoder")
     title = _title(stale, fresh, is_encoder=is_encoder)
     kwargs = {
@@ -75,15 +75,10 @@ def card_of_run(record: RunRecord, facts: CardFacts | None = None, *, of_encoder
         "sentence": record.verdict.get("sentence"), "results": tables.results(record),
         "counts": tables.counts(record), "checks": tables.checks(record), "slices": tables.slices(record),
         "worst": tables.worst_slice(record), "costs": tables.costs(record), "data": tables.data(record),
-        "settings": tables.pairs(
-            {name: record.arguments[name] for name in _SETTINGS if record.arguments.get(name) not in (None, [], "")}
-        ),
-        "command": record.command, "seed": record.seed, "machine": record.machine or MISSING,
-        "date": datetime.fromtimestamp(record.created, tz=UTC).strftime("%Y-%m-%d"),
-        "versions": ", ".join(f"{name} {value}" for name, value in record.versions.items()) or MISSING,
+        **how_it_was_made(record, _SETTINGS),
     }  # fmt: skip
     metadata = _metadata(record, facts, title=title, encoders=(stale, fresh), is_encoder=is_encoder)
-    return _render(metadata, kwargs)
+    return render(metadata, kwargs)
 
 
 def card_of_corrector(corrector: Mapping[str, Any]) -> str:
@@ -104,20 +99,32 @@ def card_of_dual_encoder(corrector: Mapping[str, Any]) -> str:
     return _unrecorded(corrector, is_encoder=True)
 
 
+def how_it_was_made(record: RunRecord, settings: Sequence[str]) -> dict[str, Any]:
+    """Return what every card says of a run, with those of the settings that were given."""
+    given = {name: record.arguments[name] for name in settings if record.arguments.get(name) not in (None, [], "")}
+    return {
+        "settings": tables.pairs(given), "command": record.command, "seed": record.seed,
+        "machine": record.machine or MISSING,
+        "date": datetime.fromtimestamp(record.created, tz=UTC).strftime("%Y-%m-%d"),
+        "versions": ", ".join(f"{name} {value}" for name, value in record.versions.items()) or MISSING,
+    }  # fmt: skip
+
+
 def _unrecorded(corrector: Mapping[str, Any], *, is_encoder: bool) -> str:
     stale, fresh = _encoder(corrector, "stale_encoder"), _encoder(corrector, "fresh_encoder")
     title = _title(stale, fresh, is_encoder=is_encoder)
     kwargs = {**_common(corrector, CardFacts(), is_encoder=is_encoder), "title": title, "recorded": False}
     metadata = ModelCardData(
         library_name="hf_corrector", tags=list(TAGS), pipeline_tag="feature-extraction",
-        **_bases((stale, fresh), is_encoder),
+        **base_models((stale, fresh), relation=_relation(is_encoder)),
     )  # fmt: skip
-    return _render(metadata, kwargs)
+    return render(metadata, kwargs)
 
 
-def _render(metadata: ModelCardData, kwargs: Mapping[str, Any]) -> str:
-    template = resources.files("hf_corrector.cards").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    text = str(ModelCard.from_template(metadata, template_str=template, **kwargs))
+def render(metadata: ModelCardData, kwargs: Mapping[str, Any], *, template: str = "card.md.jinja") -> str:
+    """Fill in a template of this folder."""
+    words = resources.files("hf_corrector.cards").joinpath(template).read_text(encoding="utf-8")
+    text = str(ModelCard.from_template(metadata, template_str=words, **kwargs))
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
@@ -135,33 +142,43 @@ def _metadata(
     record: RunRecord, facts: CardFacts, *, title: str, encoders: tuple[dict[str, Any], dict[str, Any]],
     is_encoder: bool,
 ) -> ModelCardData:  # fmt: skip
-    data, condition = tables.data_name(record) or "unknown", "fresh" if is_encoder else "corrected"
-    results = [
+    task = "question-answering" if "questions" in record.evaluation else "information-retrieval"
+    results = eval_results(record, "fresh" if is_encoder else "corrected", task=task)
+    return ModelCardData(
+        library_name="hf_corrector", tags=list(TAGS), pipeline_tag="feature-extraction", license=facts.license,
+        datasets=list(facts.datasets) or None, language=list(facts.language) or None,
+        eval_results=results or None, model_name=title, **base_models(encoders, relation=_relation(is_encoder)),
+    )  # fmt: skip
+
+
+def eval_results(record: RunRecord, condition: str, *, task: str) -> list[EvalResult]:
+    """Return what the metadata say of one condition of a judgement, for instance ``"fresh"``."""
+    data = tables.data_name(record) or "unknown"
+    return [
         EvalResult(
-            task_type="information-retrieval", task_name="Information Retrieval", dataset_type=data, dataset_name=data,
+            task_type=task, task_name=task.replace("-", " ").title(), dataset_type=data, dataset_name=data,
             dataset_split=record.arguments.get("judged_split"), metric_type=name,
             metric_name=f"{tables.metric_name(name)}, {tables.CONDITIONS[condition]}", metric_value=one["estimate"],
             metric_args={"low": one["low"], "high": one["high"], "interval": "95 %"},
         )
         for name, one in record.evaluation.get("intervals", {}).get(condition, {}).items()
     ]  # fmt: skip
-    return ModelCardData(
-        library_name="hf_corrector", tags=list(TAGS), pipeline_tag="feature-extraction", license=facts.license,
-        datasets=list(facts.datasets) or None, language=list(facts.language) or None,
-        eval_results=results or None, model_name=title, **_bases(encoders, is_encoder),
-    )  # fmt: skip
 
 
-def _bases(encoders: tuple[dict[str, Any], dict[str, Any]], is_encoder: bool) -> dict[str, Any]:
-    """Name the encoders the Hub knows: those that came from it at a commit, or were named as it names them."""
-    came = [one.get("name", "") for one in encoders if _COMMIT.fullmatch(str(one.get("revision") or ""))]
-    named = [one["name"] for one in encoders if _HUB_ID.fullmatch(str(one.get("name", "")))]
+def base_models(parts: Sequence[Mapping[str, Any]], *, relation: str) -> dict[str, Any]:
+    """Name the parts the Hub knows: those that came from it at a commit, or were named as it names them."""
+    came = [one.get("name", "") for one in parts if _COMMIT.fullmatch(str(one.get("revision") or ""))]
+    named = [one["name"] for one in parts if _HUB_ID.fullmatch(str(one.get("name", "")))]
     known = list(dict.fromkeys([*came, *named]))
+    return {"base_model": known, "base_model_relation": relation} if known else {}
+
+
+def _relation(is_encoder: bool) -> str:
     # Of an encoder trained here, the fresh one is the card's own.
-    return {"base_model": known, "base_model_relation": "finetune" if is_encoder else "adapter"} if known else {}
+    return "finetune" if is_encoder else "adapter"
 
 
-def _described(record: RunRecord) -> dict[str, Any]:
+def described(record: RunRecord) -> dict[str, Any]:
     """Return what the corrector says of itself; the old encoder is that of the cache where it says nothing."""
     if "stale_encoder" in record.corrector or not record.manifests:
         return record.corrector

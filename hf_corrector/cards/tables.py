@@ -12,6 +12,10 @@ from hf_corrector.records import RunRecord
 MISSING = "*missing: not recorded*"
 CONDITIONS = {"old": "old model kept", "stale": "stale index", "corrected": "corrected", "fresh": "full re-embed"}
 _WRITTEN = {"mrr": "MRR", "ndcg": "nDCG"}
+_OF_READING = {
+    "answer_log_likelihood": "log P(a|x)", "answer_log_likelihood_per_token": "the same per token",
+    "exact_match": "exact match", "f1": "F1", "gold_recall@10": "gold recall@10", "attribution": "attribution",
+}  # fmt: skip
 _FINGERPRINT = {
     "name": "name", "revision": "revision", "weights": "weights", "tokenizer": "tokenizer", "prompt": "prompt",
     "max_length": "tokens at most", "pooling": "pooling", "normalize": "unit length",
@@ -24,7 +28,9 @@ _COSTS = {
     "final_target_passes": "targets encoded at the end",
     "pair_target_passes": "targets encoded as fitting pairs",
     "measurement_target_passes": "targets encoded for this measurement alone",
+    "probe_target_passes": "targets encoded for the corrector alone",
     "query_passes": "queries encoded",
+    "reader_passes": "prompts read",
 }
 
 
@@ -40,7 +46,9 @@ def pairs(values: Mapping[str, Any]) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """Write ``"mrr@10"`` as ``"MRR@10"``."""
+    """Write ``"mrr@10"`` as ``"MRR@10"``, and metrics of answers in words."""
+    if metric in _OF_READING:
+        return _OF_READING[metric]
     name, cut = parse_metric(metric)
     return f"{_WRITTEN.get(name, name)}@{cut}"
 
@@ -54,10 +62,12 @@ def results(record: RunRecord) -> str:
         return MISSING
     metrics = list(next(iter(intervals.values())))
     rows = [
-        [CONDITIONS.get(name, name), *(_spread(found.get(metric)) for metric in metrics)]
+        [CONDITIONS.get(name, name), *(spread(found.get(metric)) for metric in metrics)]
         for name, found in intervals.items()
     ]
     recovery = evaluation.get("recovery", {})
+    # Of answers it is told by condition.
+    recovery = recovery.get("corrected", recovery)
     rows.append(["recovery, corrected", *(_percent(recovery.get(metric)) for metric in metrics)])
     return table(["", *(metric_name(one) for one in metrics)], rows)
 
@@ -72,7 +82,7 @@ def _ways(record: RunRecord) -> str:
         passes = f"{per_query:,} a query" if per_query else f"{row.get('passes', 0):,}"
         seconds = None if per_query else row.get("seconds")
         rows.append([
-            str(row.get("label", row.get("method"))), _spread(row.get("metrics", {}).get(primary)),
+            str(row.get("label", row.get("method"))), spread(row.get("metrics", {}).get(primary)),
             _percent(row.get("recovery")), _percent(row.get("retention")), passes,
             "" if seconds is None else f"{seconds / 3600:.3g}",
             "" if row.get("price") is None or per_query else f"{row['price']:.2f}",
@@ -83,10 +93,11 @@ def _ways(record: RunRecord) -> str:
 def counts(record: RunRecord) -> str:
     """Say how many queries and targets it was judged on."""
     evaluation, arguments = record.evaluation, record.arguments
-    if "queries" not in evaluation:
+    asked = "questions" if "questions" in evaluation else "queries"
+    if asked not in evaluation:
         return MISSING
-    clean, total = evaluation.get("clean_queries"), evaluation["queries"]
-    text = f"Means over {clean:,} clean queries of {total:,}, none of whose targets the corrector was fitted on"
+    clean, total = evaluation.get(f"clean_{asked}"), evaluation[asked]
+    text = f"Means over {clean:,} clean {asked} of {total:,}, none of whose targets the corrector was fitted on"
     rows, judged = _rows(record), arguments.get("judged_targets")
     if rows is None:
         return f"{text}."
@@ -109,7 +120,7 @@ def slices(record: RunRecord) -> str:
     """Return how each slice of queries fares, worst first."""
     rows = [
         [
-            one["slice"], f"{one['queries']:,}", one["against"], _spread(one["difference"]), _spread(one["adjusted"]),
+            one["slice"], f"{one['queries']:,}", one["against"], spread(one["difference"]), spread(one["adjusted"]),
             "yes" if one["judged"] else "too few queries",
         ]
         for one in record.verdict.get("slices", [])
@@ -123,7 +134,7 @@ def worst_slice(record: RunRecord) -> str | None:
     worst = record.verdict.get("worst_slice")
     if not worst:
         return None
-    return f"`{worst['slice']}` fares worst: {_spread(worst['difference'])} against {worst['against']}."
+    return f"`{worst['slice']}` fares worst: {spread(worst['difference'])} against {worst['against']}."
 
 
 def costs(record: RunRecord) -> str:
@@ -141,7 +152,7 @@ def data(record: RunRecord) -> str:
         "name": data_name(record) or MISSING, "targets": MISSING if rows is None else f"{rows:,}",
         "hash of the targets' texts": manifest.get("texts_hash", MISSING),
         "split judged on": record.arguments.get("judged_split") or MISSING,
-        "queries judged on": record.evaluation.get("queries", MISSING),
+        "queries judged on": record.evaluation.get("queries", record.evaluation.get("questions", MISSING)),
     })  # fmt: skip
 
 
@@ -209,7 +220,8 @@ def _number(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"
 
 
-def _spread(found: Mapping[str, Any] | None) -> str:
+def spread(found: Mapping[str, Any] | None) -> str:
+    """Write an estimate with its interval."""
     if not found or found.get("estimate") is None:
         return MISSING
     return f"{_number(found['estimate'])} [{_number(found['low'])}, {_number(found['high'])}]"

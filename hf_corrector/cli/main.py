@@ -23,7 +23,7 @@ COMMANDS = {
     "verify": "check every byte of a cache",
     "report": "render the records of runs into one HTML page",
     "apply": "write the corrected vectors of a cache into another one",
-    "push": "put a corrector, a dual encoder or a cache on the Hub",
+    "push": "put a corrector, a dual encoder, a reader or a cache on the Hub",
 }
 
 

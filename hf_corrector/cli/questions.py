@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_corrector.cli.common import STDLIB
 from hf_corrector.data.datasets import load_retrieval_data
@@ -15,7 +14,7 @@ from hf_corrector.data.retrieval import RetrievalData, given_answers
 from hf_corrector.data.stdlib import standard_library_questions
 from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.rag.default_reader import default_reader
-from hf_corrector.rag.storage import generator_class
+from hf_corrector.rag.storage import load_reader
 
 QUESTIONS_HELP = (
     "BEIR folder or Hub data set whose queries have answers; by default 'stdlib', questions made from Python's own "
@@ -57,7 +56,7 @@ def some_questions(split: Dataset, count: int) -> Dataset:
     return split.select(np.sort(drawn))
 
 
-def load_reader(name: str | None, num_layers: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def reader_of(name: str | None, num_layers: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a reader, or make the default one.
 
     Args:
@@ -74,7 +73,4 @@ def load_reader(name: str | None, num_layers: int | None) -> tuple[PreTrainedMod
             "--reader_layers", expected="none with --reader, which is used as it is", got=str(num_layers),
             cure="Leave one of the two out.",
         )  # fmt: skip
-    config = AutoConfig.from_pretrained(name)
-    reader: PreTrainedModel = generator_class(config).from_pretrained(name, dtype=torch.float32)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    return reader, tokenizer
+    return load_reader(name)

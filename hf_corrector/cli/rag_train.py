@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from hf_corrector._distributed import exit_together, is_main, on_main
@@ -18,12 +17,11 @@ from hf_corrector.cli.common import (
     new_output_folder,
     quieten,
 )
-from hf_corrector.cli.questions import QUESTIONS_HELP, load_questions, load_reader, some_questions
+from hf_corrector.cli.questions import QUESTIONS_HELP, load_questions, reader_of, some_questions
 from hf_corrector.cli.training_flags import parse_training_flags
 from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.rag import RetrievalAugmentedModel
-from hf_corrector.rag.default_reader import raise_cross_attention_rate
 from hf_corrector.rag.evaluation import ReadingJudgement, judge_trained, reading_options
 from hf_corrector.rag.question_data import first_answers
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
@@ -36,7 +34,7 @@ examples:
   hf-corrector rag-train --data my_squad_folder --model intfloat/e5-base-v2 --reader HuggingFaceTB/SmolLM2-135M \\
       --staleness corrector --num_passages 8 --generator_mini_batch_size 16 --bf16 --max_steps 1000 --output_dir out-rag
 """
-# Of the default reader, whose cross-attention starts from nothing: found by training it on gold targets.
+# Of the default reader, whose cross-attention is new to its task: found by training it on gold targets.
 DEFAULT_READER_RATE, CROSS_ATTENTION_FACTOR = 1e-4, 5.0
 # A name stands at the beginning of its source. One answer of SQuAD in 600 has more than 32 tokens, none has 64.
 STDLIB_LENGTHS = {"reader_max_length": 80, "answer_max_length": 32}
@@ -84,17 +82,8 @@ class WhatToRead(EncoderChoice):
         settings: dict[str, Any] = dict(STDLIB_LENGTHS if self.data == STDLIB else OTHER_LENGTHS)
         given = {"reader_max_length": self.reader_max_length, "answer_max_length": self.answer_max_length}
         settings.update({name: value for name, value in given.items() if value is not None})
-        reader, tokenizer = load_reader(self.reader, self.reader_layers)
+        reader, tokenizer = reader_of(self.reader, self.reader_layers)
         return RetrievalAugmentedModel.from_parts(self.load(), reader, tokenizer, **settings)
-
-
-class _DefaultReaderTrainer(RetrievalAugmentedTrainer):
-    """Let the new weights of the default reader learn faster than those of MiniLM."""
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        raise_cross_attention_rate(optimizer, self.rag.generator, factor=CROSS_ATTENTION_FACTOR)
-        return optimizer
 
 
 def run(argv: list[str]) -> int:
@@ -119,7 +108,7 @@ def run(argv: list[str]) -> int:
 
 
 def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments) -> ReadingJudgement:
-    """Train, save, judge on the test split and write ``run.json``.
+    """Train, save, judge on the test split and write ``run.json`` and model card.
 
     Raises:
         HFCorrectorError: If arguments or data do not fit together; before any work is done.
@@ -130,6 +119,8 @@ def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments)
     data = load_questions(what.data)
     split = some_questions(judged_split(data), what.judged_questions)
     trainer = _trainer(what, args, data, split)
+    asked = {**plain_arguments(what), "judged_split": "dev" if data.test is None else "test"}
+    trainer.run_context = RunContext("rag-train", asked)
     trainer.hold_out(split)
     prepared = time.time()
     trainer.prepare()
@@ -147,9 +138,12 @@ def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments)
         "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
         "judge": time.time() - judged, "total": time.time() - started,
     }  # fmt: skip
-    trainer.run_context = RunContext("rag-train", plain_arguments(what), timing, measured)
-    whole = replace(trainer.run_record(), evaluation=judgement.to_dict())
-    on_main("writing run.json", lambda: whole.save(out))
+    trainer.run_context = replace(trainer.run_context, timing=timing, measured=measured)
+    on_main("writing run.json", lambda: trainer.run_record().save(out))
+    trainer.write_cards(out)
+    if args.push_to_hub:
+        # What was pushed when the model was saved had not been judged; only the card is sent again.
+        trainer.push_to_hub("Judgement in the model card")
     return judgement
 
 
@@ -163,9 +157,11 @@ def _trainer(
     model = what.compose()
     # The answers of training are checked by the trainer, those of the judgement would be when all the work is done.
     model.reader.answers(first_answers(split))
-    kind: type[RetrievalAugmentedTrainer] = RetrievalAugmentedTrainer
     if what.reader is None:
-        kind = _DefaultReaderTrainer
-        if args.generator_learning_rate is None:
-            args.generator_learning_rate = DEFAULT_READER_RATE
-    return kind(model, args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev)
+        rate = DEFAULT_READER_RATE if args.generator_learning_rate is None else args.generator_learning_rate
+        args.generator_learning_rate = rate
+        if args.cross_attention_learning_rate is None:
+            args.cross_attention_learning_rate = CROSS_ATTENTION_FACTOR * rate
+    return RetrievalAugmentedTrainer(
+        model, args, train_dataset=data.train, targets=data.corpus, eval_dataset=data.dev
+    )  # fmt: skip

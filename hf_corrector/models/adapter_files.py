@@ -22,12 +22,11 @@ from torch import nn
 
 from hf_corrector._files import atomic_write, hash_strings, write_json
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.models.hub_files import BASE_FILE
+from hf_corrector.models.hub_files import ADAPTER_CONFIG_FILE, BASE_FILE
 from hf_corrector.models.sentence_transformers_format import read_repository_json
 from hf_corrector.models.towers import TowerSource, hash_tensors
 from hf_corrector.records import checked_fields
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_NAME = "default"
 # Of every name PEFT writes.

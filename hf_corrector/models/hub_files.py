@@ -12,19 +12,28 @@ from typing import Any
 from hf_corrector._files import read_json
 from hf_corrector._hub import PushOptions, Upload, fetch, push
 from hf_corrector._untrusted import check_files, inside
-from hf_corrector.errors import ConfigurationError
+from hf_corrector.errors import ConfigurationError, InputError
 from hf_corrector.records import FITTED_FILE, shareable
 
 CARD_FILE = "README.md"
 # Stands in a card for where the model can be loaded from, until it is pushed there.
 PLACEHOLDER = "PATH_OR_HUB_ID"
 CORRECTOR_FOLDER = "corrector"
+QUERY_TOKENIZER_FOLDER = "query_tokenizer"
 TARGET_TOKENIZER_FOLDER = "target_tokenizer"
+READER_TOKENIZER_FOLDER = "reader_tokenizer"
+GENERATION_FILE = "generation_config.json"
 UPGRADE_FILE = "upgrade.json"
 BASE_FILE = "base_model.json"
-_CONFIG = ("config.json", "generation_config.json")
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+# How a from_pretrained of transformers is told to open nothing else, to run no code, and to say what was missing.
+SAFELY = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+_WHERE = ("revision", "cache_dir", "token", "local_files_only")
+_CONFIG = ("config.json", GENERATION_FILE)
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", BASE_FILE)
+_ADAPTER = (ADAPTER_CONFIG_FILE, "adapter_model.safetensors", BASE_FILE)
+# Where a configuration says what it was loaded from; the second is that of an adapter.
+_NAMES = ("_name_or_path", "base_model_name_or_path")
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja",
@@ -35,6 +44,12 @@ DUAL_ENCODER_FILES = (
     *(f"{TARGET_TOKENIZER_FOLDER}/{name}" for name in _TOKENIZER),
     *(f"{CORRECTOR_FOLDER}/{name}" for name in CORRECTOR_FILES),
 )  # fmt: skip
+RETRIEVAL_AUGMENTED_FILES = (
+    *_CONFIG, *_WEIGHTS,
+    *(f"{folder}/{name}" for folder in (QUERY_TOKENIZER_FOLDER, TARGET_TOKENIZER_FOLDER, READER_TOKENIZER_FOLDER)
+      for name in _TOKENIZER),
+    *(f"{CORRECTOR_FOLDER}/{name}" for name in CORRECTOR_FILES),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,15 +58,24 @@ class CheckedModel:
 
     Attributes:
         folder: Where they lie on this machine.
-        revision: The commit they are of, for a repository; else what was asked for.
+        loading: By which arguments transformers loads each of its parts from where it came: those that were given, and
+            for a repository the commit that was looked at.
     """
 
     folder: Path
-    revision: str | None
+    loading: dict[str, Any]
+
+    def refuse_adapter(self, subfolder: str = "") -> None:
+        """Refuse an adapter beside a whole model, which transformers would put on it (InputError)."""
+        path = self.folder / subfolder / ADAPTER_CONFIG_FILE
+        if path.exists():
+            raise InputError(
+                str(path), expected="a whole model alone", got="an adapter beside it", cure="Take the adapter away."
+            )
 
 
 def checked(name: str, patterns: tuple[str, ...], loading: Mapping[str, Any], *, subfolder: str = "") -> CheckedModel:
-    """Look at the files of a folder or repository before they are opened.
+    """Look at the files of a folder or repository before they are opened, and for an adapter transformers would open.
 
     Args:
         name: Folder or Hub id.
@@ -64,18 +88,15 @@ def checked(name: str, patterns: tuple[str, ...], loading: Mapping[str, Any], *,
         InputError: If a file cannot be trusted; names it.
         HubError: If there is no such folder, and the Hub has no such repository or cannot be reached.
     """
-    revision = loading.get("revision")
-    wanted = [f"{subfolder}/{one}" if subfolder else one for one in patterns]
+    where = {key: loading[key] for key in _WHERE if loading.get(key) is not None}
+    wanted = [f"{subfolder}/{one}" if subfolder else one for one in dict.fromkeys((*patterns, ADAPTER_CONFIG_FILE))]
     if Path(name).is_dir():
         folder = Path(name)
     else:
-        folder = fetch(
-            name, wanted, revision=revision, token=loading.get("token"),
-            cache_dir=loading.get("cache_dir"), local_files_only=bool(loading.get("local_files_only")),
-        )  # fmt: skip
-        revision = folder.name
+        folder = fetch(name, wanted, **where)
+        where["revision"] = folder.name
     check_files(folder, wanted)
-    return CheckedModel(folder, revision)
+    return CheckedModel(folder, where)
 
 
 @dataclass(frozen=True)
@@ -141,8 +162,8 @@ def _without_paths(config: Any) -> Any:
     """Return a configuration whose parts do not say where on this machine they were loaded from."""
     if not isinstance(config, dict):
         return config
-    name = config.get("_name_or_path")
-    local = {"_name_or_path": PurePath(name).name} if isinstance(name, str) and Path(name).is_dir() else {}
+    named = {key: config[key] for key in _NAMES if isinstance(config.get(key), str) and Path(config[key]).is_dir()}
+    local = {key: PurePath(name).name for key, name in named.items()}
     return {**{key: _without_paths(value) for key, value in config.items()}, **local}
 
 

@@ -30,6 +30,7 @@ from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig, ch
 from hf_corrector.models.hub_files import (
     CORRECTOR_FOLDER,
     DUAL_ENCODER_FILES,
+    SAFELY,
     TARGET_TOKENIZER_FOLDER,
     Card,
     checked,
@@ -39,7 +40,6 @@ from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.sentence_transformers_format import SentenceTransformerSettings, read_settings
 from hf_corrector.models.towers import TowerSource, check_complete, check_length, longest_input
 
-_LOADING_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
 _LONGEST_DEFAULT = 512
 
 
@@ -161,19 +161,16 @@ class StoredDualEncoder(PreTrainedModel):
                 trained on.
         """
         found = checked(str(name), DUAL_ENCODER_FILES, kwargs)
-        if found.revision is not None:
-            kwargs["revision"] = found.revision
-        loading = {key: kwargs[key] for key in _LOADING_ARGUMENTS if key in kwargs}
-        if is_adapter(name, kwargs.get("revision")):
-            adapted = cast(Self, cls.load_adapter_on_base(name, **loading).get_base_model())
+        revision = found.loading.get("revision")
+        if is_adapter(name, revision):
+            adapted = cast(Self, cls.load_adapter_on_base(name, **found.loading).get_base_model())
             return adapted.to(kwargs["dtype"]) if "dtype" in kwargs else adapted
-        kwargs = {"dtype": torch.float32, **kwargs, "output_loading_info": True}
-        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        kwargs = {"dtype": torch.float32, **kwargs, **found.loading, **SAFELY}
         loaded: Any = super().from_pretrained(name, *args, **kwargs)
         model: Self = loaded[0]
         check_complete(name, model, loaded[1])
-        model._load_tokenizers(name, loading)
-        return model._loaded_from("dual_encoder", (TowerSource(str(name), kwargs.get("revision")),))
+        model._load_tokenizers(name, found.loading)
+        return model._loaded_from("dual_encoder", (TowerSource(str(name), revision),))
 
     @classmethod
     def load_adapter_on_base(cls, name: str, *, is_trainable: bool = False, **loading: Any) -> PeftModel:
@@ -193,8 +190,7 @@ class StoredDualEncoder(PreTrainedModel):
                 str(name), expected=f"the weights of an adapter in {ADAPTER_WEIGHTS_FILE}", got="no such file",
                 cure="Save the adapter as safetensors, which PEFT does by itself; pickled weights are never loaded.",
             )  # fmt: skip
-        if checked_files.revision is not None:
-            loading["revision"] = checked_files.revision
+        loading = checked_files.loading
         note = BaseNote.load(name, loading.get("revision"))
         config = DualEncoderConfig.from_pretrained(name, **loading)
         corrector_config, config.corrector = config.corrector, None

@@ -11,7 +11,7 @@ from hf_corrector._hub import PushOptions
 from hf_corrector.cards import card_of_corrector
 from hf_corrector.errors import CacheMismatchError
 from hf_corrector.models.configuration_corrector import CorrectorConfig
-from hf_corrector.models.hub_files import CORRECTOR_FILES, Card, checked, push_saved
+from hf_corrector.models.hub_files import CORRECTOR_FILES, SAFELY, Card, checked, push_saved
 from hf_corrector.records import EncoderFingerprint, shareable
 
 
@@ -49,11 +49,10 @@ class StoredCorrector(PreTrainedModel):
             ValueError: If the weights are not those of a corrector of that configuration.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        found = checked(str(name), CORRECTOR_FILES, kwargs, subfolder=kwargs.get("subfolder", ""))
-        if found.revision is not None:
-            kwargs["revision"] = found.revision
-        kwargs |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        loaded: Any = super().from_pretrained(name, *args, **kwargs)
+        subfolder = kwargs.get("subfolder", "")
+        found = checked(str(name), CORRECTOR_FILES, kwargs, subfolder=subfolder)
+        found.refuse_adapter(subfolder)
+        loaded: Any = super().from_pretrained(name, *args, **{**kwargs, **found.loading, **SAFELY})
         model, info = loaded
         if info["missing_keys"] or info["unexpected_keys"]:
             raise ValueError(

@@ -69,6 +69,14 @@ class RetrievalAugmentedConfig(PreTrainedConfig):
                 cure="An answer has a token and an end, and must leave room for the prompt.",
             )  # fmt: skip
 
+    def describe_reader(self) -> dict[str, Any]:
+        """Return what a run's record and a model card say of the reader, as JSON values."""
+        named = self.generator.encoder if self.generator.model_type == "encoder-decoder" else self.generator
+        return {
+            "reader_name": named.name_or_path, "reader_type": self.generator.model_type, "reader_prompt": self.prompt,
+            "reader_max_length": self.reader_max_length, "answer_max_length": self.answer_max_length,
+        }  # fmt: skip
+
 
 def check_rag_settings(settings: dict[str, Any]) -> None:
     """Refuse names that are no settings of :class:`RetrievalAugmentedConfig`, which transformers would store silently.

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from hf_corrector._extras import demo_encoder
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.towers import TowerSource
+from hf_corrector.rag.storage import freeze_pooler
 
 # Tokenizers of BERT take punctuation off its words and forget on which sides there was a space. In answers these stand
 # between letters or digits: names of code, compounds, elisions, numbers.
@@ -73,29 +74,13 @@ def default_reader(
     return reader, tokenizer
 
 
-def cross_attention_names(reader: PreTrainedModel) -> frozenset[str]:
+def cross_attention_names(reader: torch.nn.Module) -> frozenset[str]:
     """Return the names of the decoder's weights that attend to the encoder, whose task is new to them.
 
-    They bear a learning rate several times that of the rest.
+    They bear a learning rate several times that of the rest, ``cross_attention_learning_rate``. Readers whose attention
+    was trained with them (T5, BART) name it otherwise.
     """
     return frozenset(name for name, _ in reader.named_parameters() if ".crossattention." in name)
-
-
-def raise_cross_attention_rate(optimizer: torch.optim.Optimizer, reader: PreTrainedModel, *, factor: float) -> None:
-    """Give attention to the encoder a higher learning rate than the rest of the reader, in place.
-
-    Args:
-        optimizer: With the reader's weights in any of its groups, before a schedule has been made of it.
-        reader: See :func:`cross_attention_names`.
-        factor: How many times the learning rate of the group a weight is in.
-    """
-    names = cross_attention_names(reader)
-    new = {id(weight) for name, weight in reader.named_parameters() if name in names}
-    for group in list(optimizer.param_groups):
-        raised = [weight for weight in group["params"] if id(weight) in new]
-        if raised:
-            group["params"] = [weight for weight in group["params"] if id(weight) not in new]
-            optimizer.param_groups.append({**group, "params": raised, "lr": factor * group["lr"]})
 
 
 def _check_can_decode(name: str, config: PreTrainedConfig) -> None:
@@ -114,21 +99,25 @@ def _check_can_decode(name: str, config: PreTrainedConfig) -> None:
 def _composed(source: TowerSource, config: PreTrainedConfig) -> EncoderDecoderModel:
     decoder_config = source.load_config()
     decoder_config.is_decoder = decoder_config.add_cross_attention = True
-    where: dict[str, Any] = {"revision": source.revision or "main", "dtype": torch.float32}
+    where: dict[str, Any] = {
+        "revision": source.revision or "main", "dtype": torch.float32, "use_safetensors": True,
+        "trust_remote_code": False,
+    }  # fmt: skip
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of weights that are missing or left over, which is as it should be here
     try:
         encoder = AutoModel.from_pretrained(source.name, config=config, **where)
-        decoder, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name, config=decoder_config, output_loading_info=True, **where
         )
+        decoder, found = loaded
     finally:
         logging.set_verbosity(verbosity)
-    if encoder.pooler is not None:
-        # Reading back makes a pooler, so there must be one; it is not used and would never see a gradient.
-        encoder.pooler.requires_grad_(False)
     _start_from_what_is_near(decoder, set(found["missing_keys"]))
-    return EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    # Reading back makes a pooler, so there must be one.
+    reader = EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    freeze_pooler(reader)
+    return reader
 
 
 @torch.no_grad()

@@ -241,7 +241,8 @@ def judge_trained(
 ) -> ReadingJudgement:
     """Judge what a trainer has trained on the targets as cached, as corrected, and encoded anew.
 
-    Every process calls it; encoding is shared out, the rest is the main one's. The passes go into ``trainer.cost``.
+    Every process calls it; encoding is shared out, the rest is the main one's. The passes go into ``trainer.cost``, and
+    what was found into the trainer's record and model card.
 
     Args:
         trainer: After training, with a cache; see :meth:`RetrievalAugmentedTrainer.build_cache` where it has none.
@@ -264,6 +265,7 @@ def judge_trained(
 
     judgement = on_main("judging the answers", judge)
     trainer.cost["query_passes"] += judgement.query_passes
+    trainer.judged = judgement.to_dict()
     live.corrected.invalidate()
     return judgement
 

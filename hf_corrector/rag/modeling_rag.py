@@ -29,7 +29,7 @@ from hf_corrector.rag.objectives import JointReading, LossParts, Objective
 from hf_corrector.rag.passages import CandidateFn, RetrievedTargets
 from hf_corrector.rag.reader_inputs import ReaderTokenizer, unpad
 from hf_corrector.rag.reading import answer_log_likelihoods
-from hf_corrector.rag.storage import StoredRetrievalAugmentedModel, generator_class
+from hf_corrector.rag.storage import StoredRetrievalAugmentedModel, freeze_pooler, generator_class
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
             if config.retriever_adapter is not None:
                 put_on(retriever, config.retriever_adapter)
         if generator is None:
-            generator = generator_class(config.generator).from_config(config.generator)
+            generator = generator_class(config.generator).from_config(config.generator, trust_remote_code=False)
             if config.generator_adapter is not None:
                 put_on(generator, config.generator_adapter)
         self.retriever, self.generator = retriever, generator
@@ -112,6 +112,7 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
         self.log_scale = nn.Parameter(torch.tensor(math.log(retriever.config.scale))) if config.learn_scale else None
         self.reader_tokenizer = None
         self._reader: ReaderTokenizer | None = None
+        freeze_pooler(generator)
         self.note_trainable()
         for module in (module for part in given for module in part.modules()):
             # transformers 5 would draw anew what is not marked, an adapter's layers for instance.

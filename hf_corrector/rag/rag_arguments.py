@@ -15,8 +15,9 @@ PASSAGES = ("top_k", "softmax")
 class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
     """Extend the arguments of training from a cache by what is read and what is minimised.
 
-    Defaults that differ from transformers: 8 questions a batch, ``remove_unused_columns=False``, and
-    ``metric_for_best_model="answer_log_likelihood"`` where the best model is loaded at the end.
+    Defaults that differ from transformers: 8 questions a batch, ``remove_unused_columns=False``,
+    ``hub_strategy="end"``, and ``metric_for_best_model="answer_log_likelihood"`` where the best model is loaded at the
+    end.
     """
 
     # -- transformers' own, with another default
@@ -63,6 +64,14 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
     generator_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the reader; learning_rate if not given."}
     )
+    cross_attention_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of a reader's attention to what its encoder has read, where that task is new to it "
+            "(the default reader, and others made of two models); as for the rest of the reader if not given. Refused "
+            "for readers without such layers, T5, BART and all decoders for instance."
+        },
+    )
     generator_mini_batch_size: int | None = field(
         default=None,
         metadata={
@@ -85,6 +94,7 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
             "objective_temperature": (self.objective_temperature, 1e-6, INFINITE),
             "reader_weight": (self.reader_weight, 0, INFINITE),
             "generator_learning_rate": (self.generator_learning_rate, 0, INFINITE),
+            "cross_attention_learning_rate": (self.cross_attention_learning_rate, 0, INFINITE),
             "generator_mini_batch_size": (self.generator_mini_batch_size, 1, INFINITE),
         })  # fmt: skip
         frozen = not self.objective_of_step.trains_retriever
@@ -98,11 +108,6 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
             refuse(
                 "num_passages", expected=f"at least {least} with objective={self.objective!r}", got=self.num_passages,
                 cure="Raise it, or use objective='generator_only' to train a reader without passages.",
-            )  # fmt: skip
-        if self.push_to_hub:
-            refuse(
-                "push_to_hub", expected="False: the run's folder also holds the cache and the tokenised corpus",
-                got="True", cure="Train, then call push_to_hub(repo_id) of the model.",
             )  # fmt: skip
         check_common(self)
 

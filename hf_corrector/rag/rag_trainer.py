@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +14,13 @@ from transformers import TrainerCallback
 
 from hf_corrector._distributed import all_gather_rows, on_main
 from hf_corrector.cache.target_cache import TargetCache
+from hf_corrector.cards import card_of_reading_run
 from hf_corrector.data.retrieval import column, positives_as_rows, validate_corpus, with_optional_columns
 from hf_corrector.encoding import encode_rows
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.index.base import RowVectors
+from hf_corrector.models.hub_files import RETRIEVAL_AUGMENTED_FILES
+from hf_corrector.rag.default_reader import cross_attention_names
 from hf_corrector.rag.generation import GenerationOptions
 from hf_corrector.rag.modeling_rag import MiniBatches, RetrievalAugmentedModel, RetrievalAugmentedOutput
 from hf_corrector.rag.objectives import marginal_log_likelihood
@@ -30,14 +34,17 @@ from hf_corrector.rag.question_data import (
     tokenize_passages,
 )
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
-from hf_corrector.records import COSTS
-from hf_corrector.training.cache_trainer import CacheTrainer, RunTargets
+from hf_corrector.rag.reading import reading_ops
+from hf_corrector.records import COSTS, RunRecord
+from hf_corrector.training.cache_trainer import RunTargets
 from hf_corrector.training.live_cache import compute_dtype_of, encode_options_of
+from hf_corrector.training.publishing import PublishingTrainer
+from hf_corrector.training.run_record import RunContext
 
 READER_COSTS = (*COSTS, "probe_target_passes", "reader_passes")
 
 
-class RetrievalAugmentedTrainer(CacheTrainer):
+class RetrievalAugmentedTrainer(PublishingTrainer):
     """Train a retriever and the language model that reads what it finds, from questions and answers alone.
 
     Each step chooses passages for every question from the whole cache (through the corrector), re-encodes those with
@@ -66,6 +73,7 @@ class RetrievalAugmentedTrainer(CacheTrainer):
         live_cache: The cache in use and the corrector's view of it, once :meth:`prepare` has run; None where nothing is
             read.
         cost: Forward passes so far, by purpose: of the encoder in texts, ``reader_passes`` in prompts.
+        judged: What :func:`~hf_corrector.rag.evaluation.judge_trained` found last, as JSON values; empty before.
 
     Raises:
         ConfigurationError: If the arguments cannot work together.
@@ -74,6 +82,8 @@ class RetrievalAugmentedTrainer(CacheTrainer):
 
     args: RetrievalAugmentedTrainingArguments
     cost_names = READER_COSTS
+    published_files = RETRIEVAL_AUGMENTED_FILES
+    run_context = RunContext("rag-train")
 
     def __init__(  # noqa: PLR0913 - transformers' own signature
         self,
@@ -101,6 +111,8 @@ class RetrievalAugmentedTrainer(CacheTrainer):
         for name, split in {"train_dataset": train_dataset, **named}.items():
             if split is not None:
                 check_questions(split, name)
+        self.judged: dict[str, Any] = {}
+        self._asked = self._answered = 0.0  # mean tokens of the reader's questions and answers
         self._answers = [] if train_dataset is None else self.rag.reader.answers(first_answers(train_dataset))
         if not args.objective_of_step.trains_retriever:
             self.rag.freeze_retriever()
@@ -129,9 +141,38 @@ class RetrievalAugmentedTrainer(CacheTrainer):
     def prepare_queries(self, split: Dataset) -> QuestionDataset:
         """Tokenise the questions for encoder and reader."""
         texts = column(split, "query")
+        questions = self.rag.reader.questions(texts)
+        self._asked, self._answered = (float(np.mean(list(map(len, one)))) for one in (questions, self._answers))
         words = PassageTokens(self.tokens, self.passages, self.encoder.pad_token_id("target"))
         self._chooser = PassageChooser(self.args, words)
-        return QuestionDataset(self.tokenize_queries(texts), self.rag.reader.questions(texts), self._answers)
+        return QuestionDataset(self.tokenize_queries(texts), questions, self._answers)
+
+    def further_ops(self) -> float:
+        """Return the reader's operations in a step: of all prompts of a process, forward and backward."""
+        args, k, room = self.args, self.args.num_passages, self.rag.config.reader_max_length
+        passage = float(np.mean(self.passages.lengths))
+
+        def read(passages: int) -> float:
+            return reading_ops(self.rag.generator, min(self._asked + passages * passage, room), self._answered)
+
+        if not args.objective_of_step.reads_jointly:
+            return 3 * args.per_device_train_batch_size * k * read(1)
+        # With all passages at once; and with all but one, as often as there are passages, without gradient.
+        return args.per_device_train_batch_size * (3 * read(k) + k * read(k - 1))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, see :meth:`PublishingTrainer.train`; an earlier judgement is none of what comes of it."""
+        self.judged = {}
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def run_record(self) -> RunRecord:
+        """Return what is known of the run so far, of its reader and of its judgement too."""
+        record = super().run_record()
+        return replace(record, arguments={**record.arguments, **self.rag.describe()}, evaluation=self.judged)
+
+    def model_card(self, record: RunRecord) -> str:
+        """Return the card of retriever and reader."""
+        return card_of_reading_run(record, self.card_facts)
 
     def check_adapters(self) -> None:
         """Accept the adapters of the parts, which are saved with the whole model."""
@@ -210,24 +251,27 @@ class RetrievalAugmentedTrainer(CacheTrainer):
             self.step_log.show({"scale": self.rag.scale_now})
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make transformers' optimiser, with the reader's own learning rate and no decay of the scale."""
+        """Make transformers' optimiser, with the reader's own learning rates and no decay of the scale."""
         optimizer = super().create_optimizer(model)
-        if self.args.generator_learning_rate is None and self.rag.log_scale is None:
-            return optimizer
-        reader = {id(one) for one in self.rag.generator.parameters()}
-        rate = self.args.generator_learning_rate
-        changes: dict[str, dict[str, float]] = {
-            "retriever": {}, "reader": {} if rate is None else {"lr": rate}, "scale": {"weight_decay": 0.0}
+        rates = {
+            "reader": self.args.generator_learning_rate, "cross_attention": self.args.cross_attention_learning_rate
         }  # fmt: skip
-
-        def kind_of(weight: torch.nn.Parameter) -> str:
-            return "reader" if id(weight) in reader else "scale" if weight is self.rag.log_scale else "retriever"
-
+        changes: dict[str, dict[str, float]] = {
+            "retriever": {}, **{kind: {} if rate is None else {"lr": rate} for kind, rate in rates.items()},
+            "scale": {"weight_decay": 0.0},
+        }  # fmt: skip
+        # Where it has no rate of its own, it has that of the reader.
+        attending = frozenset() if rates["cross_attention"] is None else cross_attention_names(self.rag.generator)
+        kinds = {
+            id(weight): "cross_attention" if name in attending else "reader"
+            for name, weight in self.rag.generator.named_parameters()
+        }
+        kinds[id(self.rag.log_scale)] = "scale"
         split = [
             {**group, "params": some, **change}
             # The first group's learning rate is the clock of the encoder's drift.
             for kind, change in changes.items() for group in optimizer.param_groups
-            if (some := [one for one in group["params"] if kind_of(one) == kind])
+            if (some := [one for one in group["params"] if kinds.get(id(one), "retriever") == kind])
         ]  # fmt: skip
         optimizer.param_groups[:] = split
         return optimizer
@@ -300,4 +344,19 @@ def _checked(model: Any, args: Any) -> RetrievalAugmentedModel:
             "RetrievalAugmentedTrainer", expected="RetrievalAugmentedTrainingArguments", got=type(args).__name__,
             cure="Use RetrievalAugmentedTrainingArguments(output_dir, ...).",
         )  # fmt: skip
+    _check_cross_attention(inner.generator, args)
     return inner
+
+
+def _check_cross_attention(reader: torch.nn.Module, args: RetrievalAugmentedTrainingArguments) -> None:
+    """Refuse a learning rate of layers that a reader has not, or does not train (ConfigurationError)."""
+    if args.cross_attention_learning_rate is None:
+        return
+    attending = cross_attention_names(reader)
+    if not any(weight.requires_grad for name, weight in reader.named_parameters() if name in attending):
+        raise ConfigurationError(
+            "cross_attention_learning_rate",
+            expected="a reader that trains cross-attention which is new to its task, such as that of default_reader",
+            got=f"{type(reader).__name__}, which has none to train",
+            cure="Leave it out: generator_learning_rate is that of the whole reader.",
+        )  # fmt: skip

@@ -71,3 +71,12 @@ def _sum_of_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )  # fmt: skip
         return -losses.reshape(labels.shape).sum(dim=1)
+
+
+def reading_ops(generator: PreTrainedModel, prompt_tokens: float, answer_tokens: float) -> float:
+    """Return the operations of weighing an answer after a prompt, in round numbers and without gradient."""
+    weights = generator.num_parameters(exclude_embeddings=True)
+    if not generator.config.is_encoder_decoder:
+        return 2.0 * weights * (prompt_tokens + answer_tokens)
+    encoder = generator.get_encoder().num_parameters(exclude_embeddings=True)
+    return 2.0 * (encoder * prompt_tokens + (weights - encoder) * answer_tokens)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -13,13 +14,28 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    EncoderDecoderModel,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from hf_corrector._hub import PushOptions
+from hf_corrector.cards import card_of_retrieval_augmented
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.models.hub_files import CORRECTOR_FOLDER, TARGET_TOKENIZER_FOLDER
+from hf_corrector.models.hub_files import (
+    CORRECTOR_FOLDER,
+    GENERATION_FILE,
+    QUERY_TOKENIZER_FOLDER,
+    READER_TOKENIZER_FOLDER,
+    RETRIEVAL_AUGMENTED_FILES,
+    SAFELY,
+    TARGET_TOKENIZER_FOLDER,
+    Card,
+    checked,
+    push_saved,
+)
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.towers import check_complete, longest_input
 from hf_corrector.rag.adapters import trainable_names, without_wrapper
@@ -31,15 +47,38 @@ from hf_corrector.rag.configuration_rag import (
 )
 from hf_corrector.rag.reader_inputs import resolved
 
-QUERY_TOKENIZER_FOLDER = "query_tokenizer"
-READER_TOKENIZER_FOLDER = "reader_tokenizer"
-_LOADING_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
 _LONGEST_DEFAULT = 512
 
 
 def generator_class(config: PreTrainedConfig) -> type[Any]:
     """Return the auto class of a reader."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def load_reader(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a reader in float32, and its tokenizer; no pickle is opened and no code that comes with them is run.
+
+    Args:
+        name: Folder or Hub id of a decoder or an encoder-decoder.
+
+    Raises:
+        OSError: If transformers does not find it, or its weights are no safetensors.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    reader: PreTrainedModel = generator_class(config).from_pretrained(
+        name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return reader, tokenizer
+
+
+def freeze_pooler(reader: PreTrainedModel) -> None:
+    """Keep the pooler of a reader made of two models as it is: no reader uses one, so it would never see a gradient."""
+    if isinstance(reader, EncoderDecoderModel):
+        # Not every architecture has one.
+        pooler: torch.nn.Module | None = getattr(reader.encoder, "pooler", None)
+        if pooler is not None:
+            pooler.requires_grad_(False)
 
 
 class StoredRetrievalAugmentedModel(PreTrainedModel):
@@ -115,16 +154,16 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
             OSError: If transformers does not find a model.
         """
         check_rag_settings(settings)
-        config = AutoConfig.from_pretrained(retriever)
+        config = AutoConfig.from_pretrained(retriever, trust_remote_code=False)
         saved = config.model_type == DualEncoderModel.config_class.model_type
         found = DualEncoderModel.from_pretrained(retriever) if saved else DualEncoderModel.from_encoder(retriever)
-        reader_config = AutoConfig.from_pretrained(generator)
-        reader = generator_class(reader_config).from_pretrained(generator, dtype=torch.float32)
-        return cls.from_parts(found, reader, AutoTokenizer.from_pretrained(generator), **settings)
+        return cls.from_parts(found, *load_reader(generator), **settings)
 
     @classmethod
     def from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Self:
         """Load a saved model with all its tokenizers, adapters and corrector.
+
+        Only safetensors, JSON and the files of tokenizers are opened, and no code that comes with them is run.
 
         Args:
             name: Folder or Hub id.
@@ -132,17 +171,25 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
             kwargs: Handed to transformers' ``from_pretrained``; ``dtype`` is float32 if not given.
 
         Raises:
+            InputError: If a file cannot be trusted; names it.
+            HubError: If there is no such folder or repository.
             ConfigurationError: If the checkpoint lacks weights.
         """
-        loading = {key: kwargs[key] for key in _LOADING_ARGUMENTS if key in kwargs}
-        kwargs = {"dtype": torch.float32, **kwargs, "output_loading_info": True}
+        found = checked(str(name), RETRIEVAL_AUGMENTED_FILES, kwargs)
+        found.refuse_adapter()
+        kwargs = {"dtype": torch.float32, **kwargs, **found.loading, **SAFELY}
         loaded: Any = super().from_pretrained(name, *args, **kwargs)
         model: Self = loaded[0]
         check_complete(name, model, loaded[1])
         model.restore_trainable()
+        if (found.folder / GENERATION_FILE).is_file():
+            model.generator.generation_config = GenerationConfig.from_pretrained(found.folder)
 
         def tokenizer(folder: str) -> PreTrainedTokenizerBase:
-            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, subfolder=folder, **loading))
+            tokens: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                name, subfolder=folder, trust_remote_code=False, **found.loading
+            )
+            return tokens
 
         retriever = model.retriever
         retriever.tokenizer = retriever.target_tokenizer = tokenizer(QUERY_TOKENIZER_FOLDER)
@@ -157,6 +204,7 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
 
     def restore_trainable(self) -> None:
         """Let those weights ask for gradients that did when the parts were composed; loading forgets it."""
+        freeze_pooler(self.generator)
         for part, names in self._trainable.items():
             for name, weight in self.get_submodule(part).named_parameters():
                 weight.requires_grad_(name in names)
@@ -169,7 +217,7 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
         }
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """Save all weights, the configuration, the tokenizers and, under ``corrector/``, the corrector by itself.
+        """Save all weights, the configuration, the tokenizers, how the reader writes, and the corrector by itself.
 
         Args:
             save_directory: Folder to write to.
@@ -196,8 +244,37 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
         for name, tokenizer in tokenizers.items():
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / name)
+        # Its penalties and constraints decide on answers too. Not by its own way of saving, which refuses settings that
+        # many a reader of the Hub has.
+        self.generator.generation_config.to_json_file(folder / GENERATION_FILE)
         if retriever.corrector is not None:
             retriever.corrector.save_pretrained(folder / CORRECTOR_FOLDER)
+
+    def push_to_hub(self, repo_id: str, *, options: PushOptions | None = None, **settings: Any) -> str:
+        """Push weights, configuration, tokenizers and corrector; a card that is there stays.
+
+        What training found it to be worth is pushed by ``trainer.push_to_hub`` and by ``hf-corrector push``.
+
+        Args:
+            repo_id: The repository, made if there is none.
+            options: How to push.
+            settings: Fields of :class:`PushOptions` (``private``, ``create_pr``, ``revision``, ``commit_message``,
+                ``token``), handed to it whole.
+
+        Returns:
+            Address of the commit, or of the pull request.
+
+        Raises:
+            HubError: If the Hub cannot be reached or refuses.
+        """
+        options = replace(PushOptions() if options is None else options, **settings)
+        corrector = {} if self.retriever.corrector is None else self.retriever.corrector.describe()
+        card = Card(card_of_retrieval_augmented(self.describe(), corrector))
+        return push_saved(self.save_pretrained, repo_id, RETRIEVAL_AUGMENTED_FILES, options=options, card=card)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a run's record and a model card say of the reader, as JSON values."""
+        return {**self.config.describe_reader(), "reader_numbers": self.generator.num_parameters()}
 
 
 def _check_generator(reader: Any) -> None:

@@ -52,8 +52,8 @@ class ScanTask:
         processes: How many share the targets.
         correction_ops: Operations to correct one target; 0 without a corrector.
         steps_between_fits: Steps for which the corrector stays as it is.
-        encoder_ops: Operations of one process's encoder in a step, forward and backward.
-        half_encoder: Whether the encoder computes in half precision.
+        step_ops: Operations of one process's models in a step, forward and backward.
+        half_encoder: Whether they compute in half precision.
         device: ``"cpu"`` or ``"cuda"``.
         threads: Of a CPU.
     """
@@ -64,7 +64,7 @@ class ScanTask:
     processes: int
     correction_ops: float
     steps_between_fits: int
-    encoder_ops: float
+    step_ops: float
     half_encoder: bool
     device: str
     threads: int = 1
@@ -83,7 +83,7 @@ class ScanTask:
     def step_seconds(self) -> float:
         """Seconds of a step without any scan."""
         rate = self.machine.half_products if self.half_encoder else self.machine.products
-        return self.encoder_ops / (rate * self.machine.encoder_share)
+        return self.step_ops / (rate * self.machine.encoder_share)
 
     def scan_seconds(self, plan: ScanPlan) -> float:
         """Seconds per step of a scan."""

@@ -18,11 +18,6 @@ class DualEncoderTrainingArguments(CacheTrainingArguments):
     and ``metric_for_best_model="mrr@10"`` where the best model is loaded at the end.
     """
 
-    # -- transformers' own, with other defaults
-    hub_strategy: str = field(
-        default="end", metadata={"help": "Must stay 'end': with push_to_hub, the saved model and its card are pushed."}
-    )
-
     # -- negatives
     negatives: str = field(
         default="softmax",

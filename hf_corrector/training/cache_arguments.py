@@ -31,6 +31,9 @@ class CacheTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the trainer makes its own columns."}
     )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Must stay 'end': with push_to_hub, the saved model and its card are pushed."}
+    )
 
     # -- sampled targets
     uniform_fraction: float = field(
@@ -122,7 +125,9 @@ class CacheTrainingArguments(TrainingArguments):
             "choices": SCANS,
         },
     )
-    scan_budget: float = field(default=0.1, metadata={"help": "Share of a step's time that 'auto' may spend."})
+    scan_budget: float = field(
+        default=0.1, metadata={"help": "Share of a step's time, that of a reader included, which 'auto' may spend."}
+    )
     scan_dtype: str = field(
         default="auto",
         metadata={

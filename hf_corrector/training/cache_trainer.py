@@ -119,13 +119,17 @@ class CacheTrainer(CheckpointingTrainer):
             self.live_cache = LiveCache.reopen(self._resumed_from, self.encoder, self.args, held_out=self._held_out)
         elif self.args.needs_cache or self._given_cache is not None:
             self.build_cache()
-        self.source = TargetSource(self.encoder, self.args, self.tokens, self.cost)
         self._examples = None if self.train_dataset is None else self.prepare_queries(self.train_dataset)
+        self.source = TargetSource(self.encoder, self.args, self.tokens, self.cost, self.further_ops())
         self._prepared = True
 
     def prepare_queries(self, split: Dataset) -> torch.utils.data.Dataset[Any]:
         """Return the training examples of some queries; called by :meth:`prepare` once the targets are there."""
         raise NotImplementedError
+
+    def further_ops(self) -> float:
+        """Return the operations of one process in a step beside the encoder's, which the choice of a scan weighs."""
+        return 0.0
 
     def tokenize_queries(self, texts: list[str]) -> TokenStore:
         """Tokenise the training queries into the run's folder."""

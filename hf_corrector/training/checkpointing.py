@@ -153,17 +153,6 @@ class CheckpointingTrainer(Trainer):
             check_folder(folder, adapted=adapted)
         self.check_adapters()
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: transformers' own would upload the whole output folder, cache and tokenised corpus included.
-
-        Raises:
-            ConfigurationError: Always.
-        """
-        raise ConfigurationError(
-            "push_to_hub", expected="an upload of the model alone", got="one of the whole run, cache and corpus too",
-            cure="Call push_to_hub(repo_id) of the model.",
-        )  # fmt: skip
-
     def check_adapters(self) -> None:
         """Refuse adapters that could not be loaded again (ConfigurationError); called before training."""
         adapted = isinstance(self.model, PeftModel)

@@ -11,6 +11,7 @@ from hf_corrector._hub import PushOptions
 from hf_corrector.cards import CardFacts, card_of_run
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.hub_files import CARD_FILE, CORRECTOR_FOLDER, DUAL_ENCODER_FILES, push_folder
+from hf_corrector.records import RunRecord
 from hf_corrector.training.cache_trainer import CacheTrainer
 
 
@@ -19,9 +20,11 @@ class PublishingTrainer(CacheTrainer):
 
     Attributes:
         card_facts: What the card is to say that no run knows of itself: licence, data sets, languages.
+        published_files: Patterns of the files that belong to the model.
     """
 
     card_facts: CardFacts | None = None
+    published_files: tuple[str, ...] = DUAL_ENCODER_FILES
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, see :meth:`CacheTrainer.train`; an earlier judgement is none of what comes of it."""
@@ -34,12 +37,16 @@ class PublishingTrainer(CacheTrainer):
         if not _internal_call:
             self.write_cards(Path(output_dir or str(self.args.output_dir)))
 
+    def model_card(self, record: RunRecord) -> str:
+        """Return the card of the model, from the record of the run."""
+        return card_of_run(record, self.card_facts, of_encoder=True)
+
     def write_cards(self, folder: Path) -> None:
         """Write the model card into a saved model's folder, and one of the corrector into the corrector's."""
         record = self.run_record()
 
         def write() -> None:
-            write_text(folder / CARD_FILE, card_of_run(record, self.card_facts, of_encoder=True))
+            write_text(folder / CARD_FILE, self.model_card(record))
             if (folder / CORRECTOR_FOLDER).is_dir():
                 write_text(folder / CORRECTOR_FOLDER / CARD_FILE, card_of_run(record, self.card_facts))
 
@@ -87,4 +94,4 @@ class PublishingTrainer(CacheTrainer):
             commit_message=commit_message, token=token or args.hub_token, progress=not args.disable_tqdm,
         )  # fmt: skip
         repo_id = args.hub_model_id or folder.absolute().name
-        return on_main("pushing", lambda: push_folder(folder, repo_id, DUAL_ENCODER_FILES, options=options))
+        return on_main("pushing", lambda: push_folder(folder, repo_id, self.published_files, options=options))

@@ -19,9 +19,18 @@ logger = logging.get_logger(__name__)
 
 
 def plan_scan(
-    model: DualEncoderModel, args: CacheTrainingArguments, live: LiveCache, tokens: TokenStore
+    model: DualEncoderModel, args: CacheTrainingArguments, live: LiveCache, tokens: TokenStore, *,
+    further_ops: float = 0.0,
 ) -> tuple[ScanPlan, str]:  # fmt: skip
-    """Decide how the targets are looked at, the same on every process, and say in a sentence what was decided."""
+    """Decide how the targets are looked at, the same on every process, and say in a sentence what was decided.
+
+    Args:
+        model: The encoder.
+        args: Arguments of the run.
+        live: The cache and its corrector.
+        tokens: The tokenised targets.
+        further_ops: Operations of one process in a step beside the encoder's, for instance a reader's.
+    """
     dtype = args.scan_dtype
     if dtype == "auto":
         half = len(live.cache) > _FULL_PRECISION_TARGETS and fast_in_bfloat16(args.device.type)
@@ -32,7 +41,7 @@ def plan_scan(
     )  # fmt: skip
     sentence = f"scan={wanted.strategy!r} in {wanted.dtype}, as the arguments say."
     if args.scan == "auto":
-        task = scan_task(model, args, live, mean_tokens=float(np.mean(tokens.lengths)))
+        task = scan_task(model, args, live, mean_tokens=float(np.mean(tokens.lengths)), further_ops=further_ops)
         wanted, sentence = choose_scan(task, wanted, budget=args.scan_budget)
         if is_main():
             logger.info(sentence)
@@ -40,7 +49,7 @@ def plan_scan(
 
 
 def scan_task(
-    model: DualEncoderModel, args: CacheTrainingArguments, live: LiveCache, *, mean_tokens: float
+    model: DualEncoderModel, args: CacheTrainingArguments, live: LiveCache, *, mean_tokens: float, further_ops: float
 ) -> ScanTask:  # fmt: skip
     """Describe what a scan of this run has to do, and how long its steps take besides."""
     own = args.per_device_train_batch_size
@@ -51,6 +60,6 @@ def scan_task(
         targets=len(live.cache), dim=live.corrected.dim, batch=own * args.world_size, processes=args.world_size,
         correction_ops=0.0 if live.online is None else correction_ops(live.online.corrector.config),
         steps_between_fits=1 if gradient else args.corrector_update_steps,
-        encoder_ops=6.0 * weights * texts * mean_tokens, half_encoder=args.bf16 or args.fp16, device=args.device.type,
-        threads=torch.get_num_threads(),
+        step_ops=6.0 * weights * texts * mean_tokens + further_ops, half_encoder=args.bf16 or args.fp16,
+        device=args.device.type, threads=torch.get_num_threads(),
     )  # fmt: skip

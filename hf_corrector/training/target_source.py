@@ -25,6 +25,7 @@ class TargetSource:
         args: Arguments of the run.
         tokens: The tokenised targets.
         cost: Takes the encoder's passes.
+        further_ops: Operations of a process in a step beside the encoder's.
         plan: How the targets are looked at; decided when first needed.
         said: What was decided, and why.
     """
@@ -33,6 +34,7 @@ class TargetSource:
     args: CacheTrainingArguments
     tokens: TokenStore
     cost: dict[str, int]
+    further_ops: float = 0.0
     plan: ScanPlan | None = field(default=None)
     said: str = ""
 
@@ -45,7 +47,7 @@ class TargetSource:
         if warming_up and args.warms_up_uniformly:
             return None
         if self.plan is None:
-            self.plan, self.said = plan_scan(self.model, args, live, self.tokens)
+            self.plan, self.said = plan_scan(self.model, args, live, self.tokens, further_ops=self.further_ops)
         scan = live.scan(self.plan, warming_up=warming_up)
         if scan is None or args.staleness != "rerank":
             return scan

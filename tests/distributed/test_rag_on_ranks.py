@@ -11,6 +11,9 @@ from process_helpers import run_on_ranks
 from rag_helpers import rag_of, rag_trainer
 
 from hf_corrector import _distributed
+from hf_corrector.models import DualEncoderModel
+from hf_corrector.rag import RetrievalAugmentedModel
+from hf_corrector.rag.default_reader import default_reader
 
 GLOBAL_BATCH = 4
 
@@ -33,6 +36,22 @@ def train(encoder: str, out: Path, changes: dict[str, Any], checkpoint: str | No
         "quality": trainer.evaluate()["eval_answer_log_likelihood"],
         "cost": dict(trainer.cost),
     }
+
+
+def train_and_train_a_reloaded_one(encoder: str, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Train, and then train a default reader that was loaded: every weight that asks for a gradient must get one."""
+    found, folder = train(encoder, out, changes), out / "saved"
+    reader, tokenizer = default_reader(encoder)
+    made = RetrievalAugmentedModel.from_parts(DualEncoderModel.from_encoder(encoder), reader, tokenizer)
+    _distributed.on_main("saving the model", lambda: made.save_pretrained(str(folder)))
+    loaded = RetrievalAugmentedModel.from_pretrained(str(folder))
+    trainer = rag_trainer(
+        loaded, out / "again", per_device_train_batch_size=2, max_steps=2, ddp_find_unused_parameters=False,
+        cross_attention_learning_rate=5e-3,
+    )  # fmt: skip
+    trainer.train()
+    moved = {name for name, one in made.state_dict().items() if not torch.equal(one, loaded.state_dict()[name])}
+    return {**found, "moved": moved}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -70,9 +89,12 @@ def test_a_resumed_run_of_two_processes_equals_the_uninterrupted_one_bit_for_bit
     tiny_encoder: str, tmp_path: Path
 ) -> None:
     changes = {"save_strategy": "steps", "save_steps": 1, "passages": "softmax"}
-    whole = run_on_ranks(train, 2, tiny_encoder, tmp_path, changes, timeout=180)
+    whole = run_on_ranks(train_and_train_a_reloaded_one, 2, tiny_encoder, tmp_path, changes, timeout=180)
     again = run_on_ranks(train, 2, tiny_encoder, tmp_path, changes, str(tmp_path / "checkpoint-1"), timeout=180)
     for first, second in zip(whole, again, strict=True):
         assert [
             name for name, one in first["weights"].items() if not torch.equal(one, second["weights"][name])
         ] == []  # fmt: skip
+    for one in whole:
+        assert {name.split(".")[0] for name in one["moved"]} == {"retriever", "generator"}
+        assert not any("pooler" in name for name in one["moved"])
