@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -17,6 +17,7 @@ from hf_corrector.cli.common import (
     new_output_folder,
     quieten,
 )
+from hf_corrector.cli.judged_training import train_and_record
 from hf_corrector.cli.questions import QUESTIONS_HELP, load_questions, reader_of, some_questions
 from hf_corrector.cli.training_flags import parse_training_flags
 from hf_corrector.data.retrieval import RetrievalData
@@ -122,29 +123,11 @@ def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments)
     asked = {**plain_arguments(what), "judged_split": "dev" if data.test is None else "test"}
     trainer.run_context = RunContext("rag-train", asked)
     trainer.hold_out(split)
-    prepared = time.time()
-    trainer.prepare()
-    measured = 0
-    if trainer.live_cache is None:
-        # The judgement compares with a cache even where training needs none: its cost is not training's.
-        trainer.build_cache()
-        measured, trainer.cost["initial_target_passes"] = trainer.cost["initial_target_passes"], 0
-    trained = time.time()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    judged = time.time()
-    judgement = judge_trained(trainer, split, options=reading_options(args, language=what.language))
-    timing = {
-        "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
-        "judge": time.time() - judged, "total": time.time() - started,
-    }  # fmt: skip
-    trainer.run_context = replace(trainer.run_context, timing=timing, measured=measured)
-    on_main("writing run.json", lambda: trainer.run_record().save(out))
-    trainer.write_cards(out)
-    if args.push_to_hub:
-        # What was pushed when the model was saved had not been judged; only the card is sent again.
-        trainer.push_to_hub("Judgement in the model card")
-    return judgement
+
+    def judge() -> ReadingJudgement:
+        return judge_trained(trainer, split, options=reading_options(args, language=what.language))
+
+    return train_and_record(trainer, judge, out, started=started)
 
 
 def _trainer(

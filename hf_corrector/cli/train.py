@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_corrector._distributed import exit_together, is_main, on_main
@@ -17,6 +17,7 @@ from hf_corrector.cli.common import (
     new_output_folder,
     quieten,
 )
+from hf_corrector.cli.judged_training import train_and_record
 from hf_corrector.cli.training_flags import parse_training_flags
 from hf_corrector.data.retrieval import RetrievalData, positives_as_rows
 from hf_corrector.errors import DataError
@@ -82,36 +83,15 @@ def train_and_judge(
         command, {**plain_arguments(what), "judged_split": "dev" if data.test is None else "test"}
     )
     trainer.hold_out(split)
-    prepared = time.time()
-    trainer.prepare()
-    measured = 0
-    if trainer.live_cache is None:
-        # The judgement compares with a cache even where training needs none: its cost is not training's.
-        trainer.build_cache()
-        measured, trainer.cost["initial_target_passes"] = trainer.cost["initial_target_passes"], 0
-    trained = time.time()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    if trainer.scan_said and is_main():
-        print(trainer.scan_said, flush=True)
-    judged = time.time()
-    report = trainer.judge(
-        split,
-        old_model=what.load(progress=progress),
-        options=JudgeOptions(seed=args.seed, device=args.device, progress=progress),
-    )
-    timing = {
-        "load": prepared - started, "prepare": trained - prepared, "train": judged - trained,
-        "judge": time.time() - judged, "total": time.time() - started,
-    }  # fmt: skip
-    trainer.run_context = replace(trainer.run_context, timing=timing, measured=measured)
-    examples = _examples(report, data, what, seed=args.seed)
-    on_main("writing run.json", lambda: replace(trainer.run_record(), examples=examples).save(out))
-    trainer.write_cards(out)
-    if args.push_to_hub:
-        # What was pushed when the model was saved had not been judged; only the card is sent again.
-        trainer.push_to_hub("Judgement in the model card")
-    return report
+
+    def judge() -> StalenessReport:
+        options = JudgeOptions(seed=args.seed, device=args.device, progress=progress)
+        return trainer.judge(split, old_model=what.load(progress=progress), options=options)
+
+    def examples(report: StalenessReport) -> dict[str, Any]:
+        return _examples(report, data, what, seed=args.seed)
+
+    return train_and_record(trainer, judge, out, started=started, examples=examples)
 
 
 def _examples(report: StalenessReport, data: RetrievalData, what: WhatToTrain, *, seed: int) -> dict[str, Any]:
