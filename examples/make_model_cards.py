@@ -1,8 +1,9 @@
 """Write model_cards/ anew from the run.json of correctors that were trained: one card a run, named as its folder.
 
-    python examples/make_model_cards.py runs/nl2bash runs/scifact --facts model_cards/facts.json
+    python examples/make_model_cards.py model_cards/runs/* --facts model_cards/facts.json
 
-A card is a function of the record and of what no run knows of itself, which the file of facts holds by name of the run:
+The runs themselves are made by examples/benchmarks/make_correctors.py, which keeps their records there. A card is a
+function of the record and of what no run knows of itself, which the file of facts holds by name of the run:
 
     {"nl2bash": {"license": "apache-2.0", "datasets": [], "language": ["en"],
                  "stale_name": "sentence-transformers/all-MiniLM-L6-v2", "fresh_name": "…", "repo_id": "…"}}
