@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -328,13 +327,3 @@ def test_what_the_page_on_reports_says_is_run(
     by_command = (tmp_path / "report.html").read_bytes()
     exec(compile(code[0], "report.md", "exec"), {})
     assert (tmp_path / "report.html").read_bytes() == by_command
-
-
-@pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
-def test_a_missing_library_is_named_with_the_line_that_installs_it(
-    name: str, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    assert main(["report", str(runs["up100"])]) == 1
-    shown = capsys.readouterr().err
-    assert f"no {name}" in shown and "pip install 'hf-corrector[report]'" in shown
