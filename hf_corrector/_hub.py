@@ -163,6 +163,9 @@ def exactly(name: str) -> str:
 
 
 _PUSH_CURE = "Log in with 'hf auth login' by a token that may write there, and check the name; then run it again."
+# What stands in the words of a transfer that failed by Xet, the client's own protocol (huggingface_hub 2.4).
+_OF_XET = "/xet-"
+_XET_CURE = "Large files went by Xet here; with HF_HUB_DISABLE_XET=1 in the environment they go the plain way."
 _FETCH_CURE = "Check name, revision and connection, or log in with 'hf auth login' if it is private."
 
 
@@ -175,7 +178,8 @@ def _explained(where: str, cure: str) -> Iterator[None]:
     except _FAILURES as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         got = " ".join(lines)[:300] or type(error).__name__
-        raise HubError(where, expected="the Hub to do it", got=got, cure=cure) from error
+        advice = f"{cure} {_XET_CURE}" if _OF_XET in got else cure
+        raise HubError(where, expected="the Hub to do it", got=got, cure=advice) from error
 
 
 @contextmanager

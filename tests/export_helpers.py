@@ -46,9 +46,24 @@ def random_vectors(rows: int = ROWS, dim: int = 24) -> torch.Tensor:
     return torch.nn.functional.normalize(vectors, dim=1)
 
 
+def run_where_not_installed(script: str, *, cwd: Path) -> str:
+    """Run a script in a process for which this package is not installed; return what it prints.
+
+    The interpreter reads no ``.pth`` file (``-S``: no finder of an editable install runs) and neither folder nor
+    environment of whoever starts it (``-I``); all other packages are where they are. The script fails where this
+    package can be imported all the same, as after an install by copy.
+    """
+    head = f"import sys; sys.path += {[path for path in sys.path if path.endswith('site-packages')]!r}\n"
+    absent = "import importlib.util; assert importlib.util.find_spec('hf_corrector') is None\n"
+    return _printed([sys.executable, "-I", "-S", "-c", head + absent + script], cwd)
+
+
 def run_without(packages: list[str], script: str, *, cwd: Path) -> str:
     """Run a script in a process of its own where some packages cannot be imported; return what it prints."""
-    command = [sys.executable, "-c", _BLOCKER.format(hidden=packages) + script]
+    return _printed([sys.executable, "-c", _BLOCKER.format(hidden=packages) + script], cwd)
+
+
+def _printed(command: list[str], cwd: Path) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

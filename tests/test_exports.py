@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from export_helpers import ROWS, random_corrector, random_vectors, run_without
+from export_helpers import ROWS, random_corrector, random_vectors, run_where_not_installed
 from model_helpers import TEXTS, save_bert
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
@@ -163,7 +163,7 @@ numpy.savez("found.npz", queries=model.encode_query(texts), documents=model.enco
 print(any(name.startswith("hf_corrector") for name in sys.modules))
 """
     (tmp_path / "texts.json").write_text(str(TEXTS).replace("'", '"'))
-    assert run_without(["hf_corrector"], script, cwd=tmp_path) == "False\n"
+    assert run_where_not_installed(script, cwd=tmp_path) == "False\n"
     found = np.load(tmp_path / "found.npz")
     assert np.abs(found["queries"] - tiny_model.encode_query(TEXTS).numpy()).max() <= 1e-5
     wanted = corrector.correct(tiny_model.encode_target(TEXTS)).numpy()

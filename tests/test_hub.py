@@ -12,6 +12,7 @@ import torch
 from cache_helpers import FINGERPRINT, build, make_plan, make_vectors
 from datasets import Dataset
 from hub_stand_in import ENDPOINT, Hub, Repository, in_a_fresh_process, sha256
+from huggingface_hub import constants
 from model_helpers import save_bert
 
 from hf_corrector import FittedCorrector, PushOptions
@@ -256,6 +257,23 @@ def test_a_push_that_was_cut_off_is_finished_by_the_same_call(hub: Hub, tmp_path
     cache.push_to_hub("someone/vectors", options=QUIET)
     assert len(hub.received) == len(set(hub.received)) == len(cache.manifest.files)
     assert len(TargetCache.from_hub("someone/vectors")) == 10
+
+
+def test_what_xet_does_not_bring_goes_the_plain_way(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in refuses Xet: the client does not fall back by itself, nothing is committed, and the cure works."""
+    pytest.importorskip("hf_xet")
+    model = make_corrector()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(HubError, match="HF_HUB_DISABLE_XET=1"):
+        model.push_to_hub("someone/a-to-b", options=QUIET)
+    assert "GET /api/models/someone/a-to-b/xet-write-token/main" in hub.asked
+    assert hub.received == hub.messages == [] and set(hub.model("someone/a-to-b").files()) == {".gitattributes"}
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    model.push_to_hub("someone/a-to-b", options=QUIET)
+    # A repository that offers nothing by Xet is read the plain way, by a client that has it.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    vectors = make_vectors()
+    assert torch.equal(CorrectorModel.from_pretrained("someone/a-to-b").correct(vectors), model.correct(vectors))
 
 
 def test_of_an_edited_cache_only_what_the_edit_wrote_is_sent(hub: Hub, tmp_path: Path) -> None:

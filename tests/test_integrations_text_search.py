@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,24 +73,3 @@ def test_empty_queries_and_numbers_below_one_are_refused(tiny_encoder: str, tmp_
         search.search("  ", 3)
     with pytest.raises(ConfigurationError):
         search.search(QUERY, 0)
-
-
-MISSING = """
-import importlib, sys
-for module, package in (("langchain", "langchain_core"), ("llama_index", "llama_index")):
-    sys.modules[package] = None
-    try:
-        importlib.import_module(f"hf_corrector.integrations.{module}")
-    except ImportError as error:
-        print(type(error).__name__, error)
-"""
-
-
-def test_a_missing_framework_is_named_with_the_command_that_installs_it() -> None:
-    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
-        "MissingDependencyError LangChain's retriever: expected the package langchain-core; got none. "
-        "Run pip install 'hf-corrector[langchain]'.",
-        "MissingDependencyError LlamaIndex' retriever: expected the package llama-index-core; got none. "
-        "Run pip install 'hf-corrector[llama-index]'.",
-    ]

@@ -91,6 +91,21 @@ def test_the_upgrade_example_runs(upgradable: Path, capsys: pytest.CaptureFixtur
     assert names["report"].go == Path("new_cache").is_dir()  # type: ignore[attr-defined]
 
 
+def test_the_example_of_mapping_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sample's vectors are a rotation of the old ones, so that the verdict is go and something is written."""
+    generator = np.random.default_rng(0)
+    old, turn = generator.normal(size=(400, 16)), np.linalg.qr(generator.normal(size=(16, 16)))[0]
+    rows = np.arange(0, 400, 2)
+    for name, array in {"vectors": old, "sample": (old @ turn)[rows]}.items():
+        np.save(f"{name}.npy", array.astype(np.float32))
+    code = block("python", "upgrade_vectors(", "examples/mapping_old_to_new_embeddings.md")
+    assert len(code.replace("\n\n", "\n").splitlines()) <= 5
+    names: dict[str, object] = {"rows": rows}
+    exec(compile(code, "mapping.md", "exec"), names)
+    assert names["report"].go and "procrustes" in capsys.readouterr().out  # type: ignore[attr-defined]
+    assert np.abs(np.load("corrected.npy") - old @ turn).max() < 0.01 * np.abs(old).max()
+
+
 def test_the_upgrade_commands_run(upgradable: Path) -> None:
     lines = block("bash", "--old-cache").strip().splitlines()
     assert len(lines) == 3

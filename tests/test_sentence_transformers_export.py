@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from model_helpers import TEXTS, save_bert, save_gpt2, save_llama, save_t5
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 
-from hf_corrector.errors import ConfigurationError, MissingDependencyError
+from hf_corrector.errors import ConfigurationError
 from hf_corrector.models import DualEncoderModel
 
 LONG = [*TEXTS, " ".join(TEXTS)]
@@ -109,14 +108,6 @@ def test_folder_in_use_is_refused(tiny_model: DualEncoderModel, tmp_path: Path) 
     tiny_model.save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="new or empty"):
         tiny_model.save_as_sentence_transformer(tmp_path)
-
-
-def test_missing_package_is_named_with_the_line_that_installs_it(
-    tiny_model: DualEncoderModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'hf-corrector\[sentence-transformers\]'"):
-        tiny_model.save_as_sentence_transformer(tmp_path / "st")
 
 
 def test_router_with_other_routes_is_refused(tiny_encoder: str, tmp_path: Path) -> None:

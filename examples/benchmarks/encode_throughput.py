@@ -16,14 +16,18 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from common import data_folder, print_head
-from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 
-from hf_corrector._extras import demo_encoder
+from hf_corrector._extras import demo_encoder, missing_extra
 from hf_corrector.data.datasets import load_retrieval_data
 from hf_corrector.data.retrieval import column
 from hf_corrector.data.stdlib import standard_library_data
 from hf_corrector.models import DualEncoderModel
+
+try:
+    from sentence_transformers import SentenceTransformer
+except ImportError as error:
+    raise missing_extra("encode_throughput", package="sentence-transformers", extra="benchmarks") from error
 
 
 def main() -> None:

@@ -51,7 +51,8 @@ def card_of_reading_run(record: RunRecord, facts: CardFacts | None = None) -> st
     kwargs = {
         **_common(corrector, record.arguments, facts), "recorded": True, "results": tables.results(record),
         "differences": differences(record), "counts": tables.counts(record), "costs": tables.costs(record),
-        "data": tables.data(record), **how_it_was_made(record, _SETTINGS),
+        "data": tables.data(record, facts.data_license), "data_note": facts.data_note,
+        **how_it_was_made(record, _SETTINGS),
     }  # fmt: skip
     results = eval_results(record, "fresh", task=TASK)
     return render(_metadata(corrector, record.arguments, facts, results=results), kwargs, template=TEMPLATE)

@@ -22,9 +22,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SETTINGS = (
     "num_pairs", "kind", "side", "pairs", "direction", "judged_targets", "judge_queries", "split", "negatives",
-    "num_negatives", "staleness", "corrector_kind", "corrector_side", "max_steps", "learning_rate",
-    "per_device_train_batch_size", "num_layers", "max_length", "pooling", "query_prompt", "target_prompt",
-    "compute_dtype", "bf16", "slice_by",
+    "num_negatives", "staleness", "corrector_kind", "corrector_side", "corrector_window", "corrector_update_steps",
+    "max_steps", "learning_rate", "warmup_steps", "per_device_train_batch_size", "num_layers", "max_length", "pooling",
+    "query_prompt", "target_prompt", "compute_dtype", "bf16", "slice_by",
 )  # fmt: skip
 
 
@@ -38,6 +38,8 @@ class CardFacts:
         language: Codes of the languages of the texts.
         stale_name: What to call the old encoder, where the run knew it by a folder alone; best its Hub id.
         fresh_name: The same of the new one.
+        data_license: Licence of the texts it was fitted and judged on, in words.
+        data_note: What else is to be known of them, for instance how much of each was read.
     """
 
     license: str | None = None
@@ -45,6 +47,8 @@ class CardFacts:
     language: Sequence[str] = ()
     stale_name: str | None = None
     fresh_name: str | None = None
+    data_license: str | None = None
+    data_note: str | None = None
 
     def name_encoders(self, corrector: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a corrector says of itself, with these names of its encoders."""
@@ -74,7 +78,8 @@ def card_of_run(record: RunRecord, facts: CardFacts | None = None, *, of_encoder
         **_common(corrector, facts, is_encoder=is_encoder), "title": title, "recorded": True,
         "sentence": record.verdict.get("sentence"), "results": tables.results(record),
         "counts": tables.counts(record), "checks": tables.checks(record), "slices": tables.slices(record),
-        "worst": tables.worst_slice(record), "costs": tables.costs(record), "data": tables.data(record),
+        "worst": tables.worst_slice(record), "costs": tables.costs(record),
+        "data": tables.data(record, facts.data_license), "data_note": facts.data_note,
         **how_it_was_made(record, _SETTINGS),
     }  # fmt: skip
     metadata = _metadata(record, facts, title=title, encoders=(stale, fresh), is_encoder=is_encoder)

@@ -144,12 +144,13 @@ def costs(record: RunRecord) -> str:
     return pairs({**spent, **seconds})
 
 
-def data(record: RunRecord) -> str:
+def data(record: RunRecord, licence: str | None = None) -> str:
     """Return which targets and queries it is about."""
     manifest = record.manifests[0] if record.manifests else {}
     rows = _rows(record)
     return pairs({
-        "name": data_name(record) or MISSING, "targets": MISSING if rows is None else f"{rows:,}",
+        "name": data_name(record) or MISSING, "licence of the texts": licence or MISSING,
+        "targets": MISSING if rows is None else f"{rows:,}",
         "hash of the targets' texts": manifest.get("texts_hash", MISSING),
         "split judged on": record.arguments.get("judged_split") or MISSING,
         "queries judged on": record.evaluation.get("queries", record.evaluation.get("questions", MISSING)),
