@@ -102,6 +102,8 @@ def _run_in_group(job: _Job, rank: int) -> Exception | None:
             "gloo", init_method=f"file://{job.folder / 'meeting'}", rank=rank, world_size=job.count,
             timeout=timedelta(seconds=job.group_timeout),
         )  # fmt: skip
+        # A process that ends at once would break off the connections of others that are still being made.
+        torch.distributed.barrier()
         result = job.function(*job.args)
         torch.distributed.destroy_process_group()
     except Exception as caught:  # every error of a child is the parent's to judge
