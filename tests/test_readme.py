@@ -222,7 +222,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "readme_block test" in script
     commands = re.search(r"<!-- test -->\n```bash\n(.*?)```", README, flags=re.DOTALL)
-    assert commands is not None and commands.group(1).strip().endswith("/pytest")
+    assert commands is not None and "/pytest" in commands.group(1).strip().splitlines()[-1]
 
 
 def test_every_constraint_is_an_exact_version() -> None:
