@@ -212,9 +212,10 @@ def train_apart(run: Run, *, kill: Callable[[], None] | None = None) -> Ended:
         kill()
     process.kill()
     process.join()
-    code = process.exitcode
+    code, output = process.exitcode, run.out / "output"
     assert code is not None
-    return Ended(code, time.monotonic() - started, (run.out / "output").read_text())
+    # It may have been killed before it wrote its first word.
+    return Ended(code, time.monotonic() - started, output.read_text() if output.exists() else "")
 
 
 def _run_child(run: Run) -> None:

@@ -81,6 +81,8 @@ def test_another_process_makes_the_same_vectors_and_the_same_answers(
         here = [str(tmp_path).encode(), str(Path(tiny_encoder).parent).encode()]
         assert [file for file, content in files.items() if any(one in content for one in here)] == []
         assert b"No record of a run came with these weights" in files["README.md"]
+        assert b"trained on" not in files["README.md"], "nobody has said that it was trained at all"
+        assert b"from the record of the run" not in files["README.md"]
     own = models["someone/t5"]
     free = answers_of(own)["answers"]
     own.generator.generation_config = plain.generator.generation_config

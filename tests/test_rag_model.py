@@ -176,7 +176,7 @@ def test_parts_that_could_not_be_loaded_again_are_refused(tiny_encoder: str) -> 
     with pytest.raises(ConfigurationError, match="AutoModelForSeq2SeqLM or AutoModelForCausalLM"):
         RetrievalAugmentedModel.from_parts(retriever, generator.transformer, tokenizer)
     prompted = get_peft_model(generator, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ConfigurationError, match="that changes layers"):
+    with pytest.raises(ConfigurationError, match="layers and their weights"):
         RetrievalAugmentedModel.from_parts(retriever, prompted, tokenizer)
     inner = get_peft_model(generator_of("gpt2")[0], LoraConfig(target_modules=["c_attn"])).get_base_model()
     with pytest.raises(ConfigurationError, match="a model taken out of one"):

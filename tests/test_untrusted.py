@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from attacks import ON_A_READER, ON_ANY_MODEL, ON_LARGER_MODELS, Attack, pickled
+from attacks import ON_A_READER, ON_ANY_MODEL, ON_LARGER_MODELS, Attack, adapter_beside, pickled
 from hub_stand_in import Hub, Repository
-from rag_helpers import rag_of
+from rag_helpers import generator_of, rag_of
 from transformers import AutoConfig, AutoModel
 
 from hf_corrector._untrusted import check_files, inside
-from hf_corrector.errors import InputError
+from hf_corrector.errors import ConfigurationError, InputError
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
 from hf_corrector.models.hub_files import CORRECTOR_FILES
 from hf_corrector.rag import RetrievalAugmentedModel
+from hf_corrector.rag.storage import load_reader
 
 
 @pytest.fixture
@@ -112,6 +116,51 @@ def test_an_adapter_in_a_pickle_is_refused(saved_encoder: Path, tmp_path: Path) 
     with pytest.raises(InputError, match=r"adapter_model.safetensors"):
         DualEncoderModel.from_pretrained(str(folder))
     assert not (tmp_path / "sentinel").exists()
+
+
+def test_a_reader_with_an_adapter_in_a_pickle_is_refused(tmp_path: Path) -> None:
+    for part in generator_of("gpt2"):
+        part.save_pretrained(tmp_path / "reader")
+    adapter_beside(tmp_path / "reader", tmp_path / "sentinel")
+    with pytest.raises(ConfigurationError, match="a whole model alone"):
+        load_reader(str(tmp_path / "reader"))
+    assert not (tmp_path / "sentinel").exists()
+
+
+STRANGE_ADAPTERS: dict[str, tuple[Any, str]] = {
+    "a model": ({"peft_type": "SHADOW", "shadow_model": "stranger/pickled"}, "type 'SHADOW'"),
+    "another adapter": ({"peft_type": "XLORA", "adapters": {"0": "stranger/pickled"}}, "type 'XLORA'"),
+    "a tokenizer": (
+        {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x",
+         "num_virtual_tokens": 1, "task_type": "SEQ_2_SEQ_LM", "tokenizer_name_or_path": "stranger/pickled"},
+        "type 'PROMPT_TUNING'",
+    ),
+    "a module": (
+        {"peft_type": "LORA", "target_modules": ["q", "query"], "megatron_config": {"a": 1}, "megatron_core": "evil"},
+        "megatron_config",
+    ),
+    "nothing that could be": ({"peft_type": ["LORA"]}, r"type \['LORA'\]"),
+    "no settings at all": ("LORA", "type None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", STRANGE_ADAPTERS)
+def test_nothing_is_fetched_or_imported_that_an_adapter_of_a_configuration_names(
+    named: str, saved_reader: Path, saved_encoder: Path, tmp_path: Path, hub: Hub
+) -> None:
+    settings, refused = STRANGE_ADAPTERS[named]
+    for part in ("retriever", "generator"):
+        folder = Path(shutil.copytree(saved_reader, tmp_path / part))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, f"{part}_adapter": settings}))
+        with pytest.raises(InputError, match=rf"adapter of the {part}: .*{refused}"):
+            RetrievalAugmentedModel.from_pretrained(str(folder))
+    folder = Path(shutil.copytree(saved_encoder, tmp_path / "adapter"))
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=rf"adapter_config.json: .*{refused}"):
+        DualEncoderModel.from_pretrained(str(folder))
+    assert "evil" not in sys.modules and not [one for one in hub.asked if "stranger" in one]
 
 
 def test_a_pickled_tower_is_never_loaded(tiny_encoder: str, tmp_path: Path) -> None:

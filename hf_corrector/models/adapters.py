@@ -16,6 +16,7 @@ from hf_corrector.models.adapter_files import (
     BaseNote,
     adapted_layers,
     check_folder,
+    check_kind,
     describe_config,
     hash_base,
 )
@@ -49,9 +50,9 @@ def check_adapter(model: PeftModel) -> None:
     """Refuse, before any training, an adapter that could not be loaded again as it was.
 
     Raises:
-        ConfigurationError: If there are several adapters, or one made for a task or inside of the corrector; if weights
-            would be trained that PEFT does not save; or if the model under it cannot be made again, because it was not
-            loaded or has changed since.
+        ConfigurationError: If there are several adapters, or one made for a task, inside of the corrector, or of a kind
+            that is more than layers and their weights; if weights would be trained that PEFT does not save; or if the
+            model under it cannot be made again, because it was not loaded or has changed since.
     """
     encoder, configs = dual_encoder_of(model), model.peft_config
     # The classes PEFT takes for a task have a forward of their own, which does not hand on queries and targets.
@@ -61,6 +62,7 @@ def check_adapter(model: PeftModel) -> None:
             got=", ".join(f"{name} of type {one.peft_type} for {one.task_type}" for name, one in configs.items()),
             cure="Call get_peft_model(model, LoraConfig(...)) without task_type, once on a model without adapters.",
         )  # fmt: skip
+    check_kind({"peft_type": configs[ADAPTER_NAME].peft_type}, "adapter")
     inside = [] if encoder.corrector is None else adapted_layers(encoder.corrector)
     if inside:
         raise ConfigurationError(

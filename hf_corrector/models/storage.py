@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_corrector._files import read_json
 from hf_corrector._hub import PushOptions
 from hf_corrector.cards import card_of_dual_encoder
 from hf_corrector.errors import ConfigurationError
@@ -22,12 +23,14 @@ from hf_corrector.models.adapter_files import (
     add_heads,
     base_tensors,
     check_folder,
+    check_kind,
     hash_base,
     is_adapter,
     write_adapter,
 )
 from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig, check_settings
 from hf_corrector.models.hub_files import (
+    ADAPTER_CONFIG_FILE,
     CORRECTOR_FOLDER,
     DUAL_ENCODER_FILES,
     SAFELY,
@@ -182,7 +185,9 @@ class StoredDualEncoder(PreTrainedModel):
             loading: ``revision``, ``cache_dir``, ``token`` and ``local_files_only``, handed to each loader whole.
 
         Raises:
-            ConfigurationError: If it is not said what is under it, or that has other weights now.
+            ConfigurationError: If it is not said what is under it, or that has other weights now, or if it is an
+                adapter that is more than layers and their weights.
+            InputError: If a file cannot be trusted; names it.
         """
         checked_files = checked(str(name), DUAL_ENCODER_FILES, loading)
         if not (checked_files.folder / ADAPTER_WEIGHTS_FILE).is_file():
@@ -191,6 +196,7 @@ class StoredDualEncoder(PreTrainedModel):
                 cure="Save the adapter as safetensors, which PEFT does by itself; pickled weights are never loaded.",
             )  # fmt: skip
         loading = checked_files.loading
+        check_kind(read_json(checked_files.folder / ADAPTER_CONFIG_FILE), f"{name}/{ADAPTER_CONFIG_FILE}")
         note = BaseNote.load(name, loading.get("revision"))
         config = DualEncoderConfig.from_pretrained(name, **loading)
         corrector_config, config.corrector = config.corrector, None

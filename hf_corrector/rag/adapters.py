@@ -5,12 +5,12 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.models.adapter_files import ADAPTER_NAME, adapted_layers
+from hf_corrector.models.adapter_files import ADAPTER_NAME, adapted_layers, check_kind
 
 
 def without_wrapper(part: Any, name: str) -> tuple[Any, dict[str, Any] | None]:
@@ -31,13 +31,15 @@ def without_wrapper(part: Any, name: str) -> tuple[Any, dict[str, Any] | None]:
             )  # fmt: skip
         return part, None
     configs = part.peft_config
-    if list(configs) != [ADAPTER_NAME] or isinstance(configs[ADAPTER_NAME], PromptLearningConfig):
+    if list(configs) != [ADAPTER_NAME]:
         raise ConfigurationError(
-            f"adapters of the {name}", expected=f"one, named {ADAPTER_NAME!r}, that changes layers (LoRA and its kin)",
+            f"adapters of the {name}", expected=f"one, named {ADAPTER_NAME!r}",
             got=", ".join(f"{key} of type {one.peft_type}" for key, one in configs.items()),
-            cure="Use one such adapter, or merge_and_unload() what is there.",
+            cure="Use one adapter, or merge_and_unload() what is there.",
         )  # fmt: skip
-    return part.get_base_model(), _settings(configs[ADAPTER_NAME])
+    settings = _settings(configs[ADAPTER_NAME])
+    check_kind(settings, f"adapter of the {name}")
+    return part.get_base_model(), settings
 
 
 def _settings(config: PeftConfig) -> dict[str, Any]:
@@ -50,8 +52,18 @@ def _settings(config: PeftConfig) -> dict[str, Any]:
     return {**plain, "init_lora_weights": True} if "init_lora_weights" in plain else plain
 
 
-def put_on(part: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Replace a model's layers as an adapter with these settings does; everything else stops asking for gradients."""
+def put_on(part: PreTrainedModel, settings: Any, name: str) -> None:
+    """Replace a model's layers as an adapter with these settings does; everything else stops asking for gradients.
+
+    Args:
+        part: A model, changed in place.
+        settings: What :func:`without_wrapper` returned, as it stands in a configuration, whoever wrote that.
+        name: What to call the model in errors.
+
+    Raises:
+        ConfigurationError: If it is an adapter that is more than layers and their weights.
+    """
+    check_kind(settings, f"adapter of the {name}")
     get_peft_model(part, PeftConfig.from_peft_type(**settings))
 
 

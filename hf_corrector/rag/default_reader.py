@@ -124,7 +124,7 @@ def _composed(source: TowerSource, config: PreTrainedConfig) -> EncoderDecoderMo
 def _start_from_what_is_near(decoder: PreTrainedModel, missing: set[str]) -> None:
     """Replace what was drawn because the encoder has it not, in place; ``missing`` are the names of such weights."""
     for name, module in decoder.named_modules():
-        if name.endswith(".crossattention"):
+        if name.endswith(".crossattention") and any(weight.startswith(f"{name}.") for weight in missing):
             itself = decoder.get_submodule(name.removesuffix("crossattention") + "attention")
             module.load_state_dict(itself.state_dict())
         elif f"{name}.weight" in missing and name.endswith(("transform.dense", "lm_head.dense")):

@@ -102,11 +102,11 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
         if retriever is None:
             retriever = DualEncoderModel(config.retriever)
             if config.retriever_adapter is not None:
-                put_on(retriever, config.retriever_adapter)
+                put_on(retriever, config.retriever_adapter, "retriever")
         if generator is None:
             generator = generator_class(config.generator).from_config(config.generator, trust_remote_code=False)
             if config.generator_adapter is not None:
-                put_on(generator, config.generator_adapter)
+                put_on(generator, config.generator_adapter, "generator")
         self.retriever, self.generator = retriever, generator
         config.retriever, config.generator = retriever.config, generator.config
         self.log_scale = nn.Parameter(torch.tensor(math.log(retriever.config.scale))) if config.learn_scale else None

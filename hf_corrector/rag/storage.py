@@ -24,6 +24,7 @@ from transformers import (
 from hf_corrector._hub import PushOptions
 from hf_corrector.cards import card_of_retrieval_augmented
 from hf_corrector.errors import ConfigurationError
+from hf_corrector.models.adapter_files import is_adapter
 from hf_corrector.models.hub_files import (
     CORRECTOR_FOLDER,
     GENERATION_FILE,
@@ -62,8 +63,14 @@ def load_reader(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         name: Folder or Hub id of a decoder or an encoder-decoder.
 
     Raises:
+        ConfigurationError: If there is an adapter with it, which transformers would put on it, even out of a pickle.
         OSError: If transformers does not find it, or its weights are no safetensors.
     """
+    if is_adapter(name):
+        raise ConfigurationError(
+            name, expected="a whole model alone", got="one with an adapter",
+            cure="Put it on with PeftModel.from_pretrained(reader, name), and call from_parts with what that returns.",
+        )  # fmt: skip
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     reader: PreTrainedModel = generator_class(config).from_pretrained(
         name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
