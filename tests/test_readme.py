@@ -207,6 +207,21 @@ def test_the_examples_of_sentence_transformers_and_numpy_run(fitted: Path) -> No
     exec(compile(short, "hub.md", "exec"), {})
 
 
+def test_the_example_of_items_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    old, turn = generator.normal(size=(400, 16)).astype(np.float32), np.linalg.qr(generator.normal(size=(16, 16)))[0]
+    rows, users = np.arange(0, 400, 2), old[:100:2] + 0.1
+    for name, array in {"items": old, "new_items_of_rows": old[rows] @ turn, "rows": rows}.items():
+        np.save(f"{name}.npy", array)
+    # The old tower knew nothing of these users.
+    strangers = generator.normal(size=users.shape)
+    known = {"new_users": users @ turn, "old_users": strangers, "taken_next": [{2 * row: 1.0} for row in range(50)]}
+    code = block("python", "JudgedVectors", "examples/recommendation.md")
+    exec(compile(code, "recommendation.md", "exec"), known)
+    assert known["report"].go and known["report"].verdict in capsys.readouterr().out
+    assert np.load("corrected_items.npy").shape == (400, 16)
+
+
 def test_the_commands_for_vectors_run(workplace: Path) -> None:
     generator = np.random.default_rng(0)
     old, turn = generator.normal(size=(400, 16)), np.linalg.qr(generator.normal(size=(16, 16)))[0]
