@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_corrector._files import read_json
-from hf_corrector._hub import PushOptions
 from hf_corrector.cards import card_of_dual_encoder
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.adapter_files import (
@@ -35,18 +34,17 @@ from hf_corrector.models.hub_files import (
     DUAL_ENCODER_FILES,
     SAFELY,
     TARGET_TOKENIZER_FOLDER,
-    Card,
     checked,
-    push_saved,
 )
 from hf_corrector.models.modeling_corrector import CorrectorModel
+from hf_corrector.models.pushed_model import PushedModel
 from hf_corrector.models.sentence_transformers_format import SentenceTransformerSettings, read_settings
 from hf_corrector.models.towers import TowerSource, check_complete, check_length, longest_input
 
 _LONGEST_DEFAULT = 512
 
 
-class StoredDualEncoder(PreTrainedModel):
+class StoredDualEncoder(PushedModel):
     """The part of a dual encoder that reads and writes folders; its modules are made by the model itself.
 
     Attributes:
@@ -54,6 +52,8 @@ class StoredDualEncoder(PreTrainedModel):
         target_tokenizer: Tokenizer of targets.
         origin: What it was loaded from, by which a model under an adapter is made again; None if it was not.
     """
+
+    saved_files = DUAL_ENCODER_FILES
 
     config: DualEncoderConfig
     tokenizer: PreTrainedTokenizerBase | None
@@ -275,26 +275,9 @@ class StoredDualEncoder(PreTrainedModel):
         if is_main:
             self._save_companions(folder)
 
-    def push_to_hub(self, repo_id: str, *, options: PushOptions | None = None, **settings: Any) -> str:
-        """Push weights, configuration, tokenizers and corrector; a card that is there stays.
-
-        What training found it to be worth is pushed by ``trainer.push_to_hub`` and by ``hf-corrector push``.
-
-        Args:
-            repo_id: The repository, made if there is none.
-            options: How to push.
-            settings: Fields of :class:`PushOptions` (``private``, ``create_pr``, ``revision``, ``commit_message``,
-                ``token``), handed to it whole.
-
-        Returns:
-            Address of the commit, or of the pull request.
-
-        Raises:
-            HubError: If the Hub cannot be reached or refuses.
-        """
-        options = replace(PushOptions() if options is None else options, **settings)
-        card = Card(card_of_dual_encoder({} if self.corrector is None else self.corrector.describe()))
-        return push_saved(self.save_pretrained, repo_id, DUAL_ENCODER_FILES, options=options, card=card)
+    def own_card(self) -> str:
+        """Return the card of the model where nothing is known of its training."""
+        return card_of_dual_encoder({} if self.corrector is None else self.corrector.describe())
 
     def save_beside_adapter(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         """Write what PEFT does not: projections, configuration, tokenizers, corrector, and what is under the adapter.

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Self
 
-from transformers import PreTrainedModel
-
-from hf_corrector._hub import PushOptions
 from hf_corrector.cards import card_of_corrector
 from hf_corrector.errors import CacheMismatchError
 from hf_corrector.models.configuration_corrector import CorrectorConfig
-from hf_corrector.models.hub_files import CORRECTOR_FILES, SAFELY, Card, checked, push_saved
+from hf_corrector.models.hub_files import CORRECTOR_FILES, SAFELY, checked
+from hf_corrector.models.pushed_model import PushedModel
 from hf_corrector.records import EncoderFingerprint, shareable
 
 
-class StoredCorrector(PreTrainedModel):
+class StoredCorrector(PushedModel):
     """The part of a corrector that reads and writes folders and repositories."""
+
+    saved_files = CORRECTOR_FILES
 
     config: CorrectorConfig
     config_class = CorrectorConfig
@@ -100,27 +100,9 @@ class StoredCorrector(PreTrainedModel):
             if given is not None:
                 _check_encoder(where, role, noted[role], given)
 
-    def push_to_hub(self, repo_id: str, *, options: PushOptions | None = None, **settings: Any) -> str:
-        """Push configuration and weights, with a card of what the configuration says; one that is there stays.
-
-        What it was fitted on and what it was found to be worth is pushed by ``report.push_to_hub``, by
-        ``trainer.push_to_hub`` and by ``hf-corrector push``.
-
-        Args:
-            repo_id: The repository, made if there is none.
-            options: How to push.
-            settings: Fields of :class:`PushOptions` (``private``, ``create_pr``, ``revision``, ``commit_message``,
-                ``token``), handed to it whole.
-
-        Returns:
-            Address of the commit, or of the pull request.
-
-        Raises:
-            HubError: If the Hub cannot be reached or refuses.
-        """
-        options = replace(PushOptions() if options is None else options, **settings)
-        card = Card(card_of_corrector(self.describe()))
-        return push_saved(self.save_pretrained, repo_id, CORRECTOR_FILES, options=options, card=card)
+    def own_card(self) -> str:
+        """Return the card of the corrector where nothing is known of how it was fitted."""
+        return card_of_corrector(self.describe())
 
     def describe(self) -> dict[str, Any]:
         """Return what a run's record says of it, as JSON values."""

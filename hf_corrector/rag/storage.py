@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_corrector._hub import PushOptions
 from hf_corrector.cards import card_of_retrieval_augmented
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.adapter_files import is_adapter
@@ -33,11 +31,10 @@ from hf_corrector.models.hub_files import (
     RETRIEVAL_AUGMENTED_FILES,
     SAFELY,
     TARGET_TOKENIZER_FOLDER,
-    Card,
     checked,
-    push_saved,
 )
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.models.pushed_model import PushedModel
 from hf_corrector.models.towers import check_complete, longest_input
 from hf_corrector.rag.adapters import trainable_names, without_wrapper
 from hf_corrector.rag.configuration_rag import (
@@ -88,12 +85,14 @@ def freeze_pooler(reader: PreTrainedModel) -> None:
             pooler.requires_grad_(False)
 
 
-class StoredRetrievalAugmentedModel(PreTrainedModel):
+class StoredRetrievalAugmentedModel(PushedModel):
     """The part of a retrieval-augmented model that reads and writes folders; its modules are made by the model itself.
 
     Attributes:
         reader_tokenizer: The reader's tokenizer.
     """
+
+    saved_files = RETRIEVAL_AUGMENTED_FILES
 
     config: RetrievalAugmentedConfig
     retriever: DualEncoderModel
@@ -257,27 +256,10 @@ class StoredRetrievalAugmentedModel(PreTrainedModel):
         if retriever.corrector is not None:
             retriever.corrector.save_pretrained(folder / CORRECTOR_FOLDER)
 
-    def push_to_hub(self, repo_id: str, *, options: PushOptions | None = None, **settings: Any) -> str:
-        """Push weights, configuration, tokenizers and corrector; a card that is there stays.
-
-        What training found it to be worth is pushed by ``trainer.push_to_hub`` and by ``hf-corrector push``.
-
-        Args:
-            repo_id: The repository, made if there is none.
-            options: How to push.
-            settings: Fields of :class:`PushOptions` (``private``, ``create_pr``, ``revision``, ``commit_message``,
-                ``token``), handed to it whole.
-
-        Returns:
-            Address of the commit, or of the pull request.
-
-        Raises:
-            HubError: If the Hub cannot be reached or refuses.
-        """
-        options = replace(PushOptions() if options is None else options, **settings)
+    def own_card(self) -> str:
+        """Return the card of the model where nothing is known of its training."""
         corrector = {} if self.retriever.corrector is None else self.retriever.corrector.describe()
-        card = Card(card_of_retrieval_augmented(self.describe(), corrector))
-        return push_saved(self.save_pretrained, repo_id, RETRIEVAL_AUGMENTED_FILES, options=options, card=card)
+        return card_of_retrieval_augmented(self.describe(), corrector)
 
     def describe(self) -> dict[str, Any]:
         """Return what a run's record and a model card say of the reader, as JSON values."""
