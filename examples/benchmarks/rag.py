@@ -342,21 +342,23 @@ def print_tables(folder: Path) -> None:
         return
     print(f"\n## {folder.parent.name}, {folder.name}: {len(seeds)} seeds, over the index each run serves")
     for measure in MEASURES:
-        print(f"\n{measure}\ncondition      value [95 %]                     minus ignore               minus refresh")
+        print(f"\n{measure}\ncondition      value [95 %], and minus whatever of fixed, ignore and refresh was run")
         values = {name: table(found, seeds, "served", measure) for name, found in runs.items()}
         values = {name: one for name, one in values.items() if one is not None}
         for name, one in values.items():
             parts = [f"{name:<12} {interval_text(one, '.4f')}"]
-            for other in ("ignore", "refresh"):
+            for other in ("fixed", "ignore", "refresh"):
                 if other in values and other != name:
-                    parts.append(interval_text(one - values[other], "+.4f"))
+                    parts.append(f"minus {other} {interval_text(one - values[other], '+.4f')}")
             print("   ".join(parts))
-    print("\nthe same encoders and readers over other indexes\ncondition      index    log-likelihood   recall@10")
+    print("\nthe same encoders and readers over other indexes, and the index served minus these")
     for name, found in runs.items():
         for view in ("stale", "fresh"):
-            both = [table(found, seeds, view, measure) for measure in MEASURES[:2]]
-            if both[0] is not None:
-                print(f"{name:<12}   {view:<6} {both[0].mean():12.4f}   {both[1].mean():12.4f}")
+            for measure in MEASURES[:2]:
+                other, served = (table(found, seeds, one, measure) for one in (view, "served"))
+                if other is not None and served is not None:
+                    gain = interval_text(served - other, "+.4f")
+                    print(f"{name:<12}   {view:<6} {measure:<24} {other.mean():9.4f}   {gain}")
     print("\nencoder passes over targets while training")
     for name, found in runs.items():
         costs = {
