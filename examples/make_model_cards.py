@@ -21,7 +21,7 @@ from hf_corrector._files import make_directory, read_json, write_text
 from hf_corrector.cards import CardFacts, card_of_reading_run, card_of_run
 from hf_corrector.errors import InputError
 from hf_corrector.models.hub_files import PLACEHOLDER
-from hf_corrector.records import RunRecord
+from hf_corrector.records import RECORD_FILE, RunRecord
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--output_dir", default="model_cards", metavar="DIR")
     flags.add_argument("--of_encoder", action="store_true", help="cards of the trained models, not of the correctors")
     arguments = flags.parse_args(argv)
+    for run in arguments.runs:
+        if not (Path(run) / RECORD_FILE).is_file():
+            flags.error(f"{run}: expected a run's folder with {RECORD_FILE}, got none; no card was written")
     facts = {} if arguments.facts is None else read_json(Path(arguments.facts))
     folder = Path(arguments.output_dir)
     make_directory(folder)

@@ -39,6 +39,7 @@ from hf_corrector.scans import BlockScan, PooledScan, ScanPlan, ShortlistScan, T
 from hf_corrector.training.corrector_fit import fit_corrector
 
 HARD = 50
+FIDELITY_EVERY = 13  # steps; no divisor of what refreshes go by
 PLANS = {
     "full fp32": ScanPlan("full", "float32"),
     "full bf16": ScanPlan("full", "bfloat16"),
@@ -93,6 +94,10 @@ def main() -> None:
     flags.add_argument("--device", default="cpu")
     flags.add_argument("--seed", type=int, default=0)
     arguments = flags.parse_args()
+    if arguments.steps < FIDELITY_EVERY:
+        flags.error(
+            f"--steps: expected at least {FIDELITY_EVERY}, got {arguments.steps}; fidelity is looked at so often"
+        )
     folder, arguments.drift = Path(arguments.drift), Path(arguments.drift).name
     print_head("step_overhead", arguments)
     drift = load_drift(folder)
@@ -152,7 +157,7 @@ def measure(
             scan.advance()
         scan.draw(queries, arguments.num_negatives, scale=drift.scale, excluded=excluded, keys=keys)
         seconds.append(now(arguments.device) - started)
-        if step % 13 == 12:
+        if (step + 1) % FIDELITY_EVERY == 0:
             exact.renew()
             distance, found = fidelity(scan, exact, queries, excluded=excluded, keys=keys, scale=drift.scale)
             variation.append(distance)

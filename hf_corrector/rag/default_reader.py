@@ -2,8 +2,8 @@
 
 What the encoder knows is there from the start, in both halves. What it has not starts from what is nearest: attention
 of the decoder to what the encoder read from the layer's attention to itself, which finds like by like already, and the
-layer before the vocabulary, where the encoder brings none, from the identity. Drawn anew they cost a multiple of the
-steps (``examples/benchmarks/reader_start.py``).
+layer before the vocabulary, where the encoder brings none, from the identity.
+``examples/benchmarks/reader_start.py`` compares this with drawing them anew.
 """
 
 from __future__ import annotations
