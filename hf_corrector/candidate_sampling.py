@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from hf_corrector.sampling import (
 from hf_corrector.scans import TargetScan
 
 SAMPLED_NEGATIVES = ("softmax", "top_k", "uniform")
+TooGood = Callable[[IntArray], npt.NDArray[np.bool_]]
 _ROUNDING = 2.0**-20
 _MOST_PROPOSALS = 256  # uniform targets looked at for each one that does not score too high
 
@@ -278,7 +279,28 @@ class ContrastSet:
     teacher_scores: torch.Tensor | None = None
 
 
-def contrast_set(candidates: Candidates | None, given: GivenTargets, *, share_negatives: bool) -> ContrastSet:
+def too_good_to_share(scan: TargetScan, queries: torch.Tensor, sampled: Sampled) -> TooGood | None:
+    """Return what finds targets that a query must not share, as they score above its own ceiling; None without one.
+
+    Args:
+        scan: All targets as the sampler saw them.
+        queries: Query embeddings, ``(batch, dim)``.
+        sampled: What was sampled for them.
+    """
+    if sampled.excluded.ceiling is None:
+        return None
+    queries, ceiling = queries.detach().float().to(scan.device), sampled.excluded.ceiling
+
+    def too_good(rows: IntArray) -> npt.NDArray[np.bool_]:
+        scores = scan.score(queries, torch.from_numpy(rows).expand(len(queries), -1))
+        return np.asarray((scores > ceiling[:, None]).cpu().numpy())
+
+    return too_good
+
+
+def contrast_set(
+    candidates: Candidates | None, given: GivenTargets, *, share_negatives: bool, too_good: TooGood | None = None
+) -> ContrastSet:
     """Decide which targets a batch encodes and which of them each query is contrasted with.
 
     Args:
@@ -286,6 +308,8 @@ def contrast_set(candidates: Candidates | None, given: GivenTargets, *, share_ne
         given: What the data say.
         share_negatives: Contrast each query with every column (the usual in-batch negatives, sampled ones included),
             or only with the targets sampled or given for it.
+        too_good: Says which targets no query shares, for rows ``(columns,)`` as ``(batch, columns)`` bool; see
+            :func:`too_good_to_share`. Given negatives are kept whatever they score.
     """
     positives, batch = given.positives.cpu().numpy(), len(given.positives)
     ids = np.zeros((batch, 0), dtype=np.int64) if candidates is None else candidates.ids.cpu().numpy()
@@ -295,7 +319,7 @@ def contrast_set(candidates: Candidates | None, given: GivenTargets, *, share_ne
     column = columns.first_of(ids[query, place])
     allowed = np.zeros((batch, len(columns.rows)), dtype=bool)
     if share_negatives:
-        allowed[:, columns.first] = True
+        allowed[:, columns.first] = True if too_good is None else ~too_good(columns.rows[columns.first])
     allowed[query, column] = True
     for number, rows in enumerate(given.negatives):
         allowed[number, columns.first_of(np.asarray(rows, dtype=np.int64))] = True

@@ -101,6 +101,7 @@ def test_the_range_is_said(name: str, value: float, span: str, tmp_path: Path) -
         ({"train_targets": False}, "staleness"),
         ({"train_targets": False, "staleness": "rerank"}, "staleness"),
         ({"absolute_margin": 0.1, "negatives": "uniform"}, "absolute_margin, relative_margin, max_score, range_min"),
+        ({"max_score": 0.9, "drift_bound": 0.2}, "drift_bound"),
         ({"range_min": 3, "negatives": "in_batch"}, "absolute_margin, relative_margin, max_score, range_min"),
         ({"drift_bound": 0.1, "negatives": "in_batch"}, "drift_bound"),
         ({"drift_bound": 0.1, "uniform_fraction": 0.0}, "drift_bound"),

@@ -11,7 +11,14 @@ from datasets import Dataset
 from scipy.stats import chisquare
 from torch.nn import functional as F
 
-from hf_corrector.candidate_sampling import Sampled, SamplingPlan, sample_candidates
+from hf_corrector.candidate_sampling import (
+    GivenTargets,
+    Sampled,
+    SamplingPlan,
+    contrast_set,
+    sample_candidates,
+    too_good_to_share,
+)
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.index.base import TensorVectors
@@ -118,6 +125,29 @@ def test_uniform_draws_are_found_even_where_few_targets_are_allowed() -> None:
     assert allowed.gather(1, found.ids.clamp(min=0))[found.mask].all()
     alone = sample(wanted, "softmax", 1.0, k=5, copies=2).candidates
     assert torch.equal(alone.ids[:BATCH], found.ids)
+
+
+@pytest.mark.parametrize("wanted", FILTERS, ids=str)
+def test_no_query_shares_what_it_may_not_draw(wanted: NegativeFilter) -> None:
+    sampled, allowed = sample(wanted, "softmax", 0.25, k=4), allowed_by(wanted)
+    own = torch.tensor([known[0] for known in POSITIVES])
+    scan = BlockScan(CorrectedTargets(TensorVectors(VECTORS)), ScanPlan())
+    given_row = int((QUERIES[0] @ VECTORS.T).argmax())
+    given = GivenTargets(own, ExcludedRows(POSITIVES), negatives=[[given_row], *([[]] * (BATCH - 1))])
+    found = contrast_set(
+        sampled.candidates, given, share_negatives=True, too_good=too_good_to_share(scan, QUERIES, sampled)
+    )
+    columns, shared = found.rows, found.allowed.clone()
+    shared[torch.arange(BATCH), torch.arange(BATCH)] = False
+    assert shared[0, (columns == given_row).nonzero()[0, 0]], "given negatives are kept"
+    shared[0, columns == given_row] = False
+    assert not (shared & ~allowed[:, columns]).any()
+    # And all others are shared: of columns with the same target the first.
+    first = torch.tensor([columns.tolist().index(row) == place for place, row in enumerate(columns.tolist())])
+    expected = allowed[:, columns] & first
+    expected[0, columns == given_row] = False
+    expected[torch.arange(BATCH), torch.arange(BATCH)] = False
+    assert torch.equal(shared, expected)
 
 
 @pytest.mark.parametrize("negatives", ["softmax", "top_k"])

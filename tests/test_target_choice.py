@@ -84,6 +84,24 @@ def test_sampled_targets_come_with_their_tokens_and_without_known_positives(
         assert set(seen) & set(known) == {own}
 
 
+def test_filters_hold_for_shared_negatives_too(
+    tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
+) -> None:
+    scores = tiny_model.encode_query(TEXTS[:3]) @ tiny_model.encode_target(TEXTS).T
+    limit = float(scores.median())
+    kept = []
+    for max_score in (limit, None):
+        args = arguments(
+            tmp_path, staleness="ignore", num_negatives=4, max_score=max_score, uniform_fraction=0.25,
+        )  # fmt: skip
+        contrast, _ = choose(tiny_model, args, tokens, live_cache(tiny_model, args, tmp_path / f"cache-{max_score}"))
+        shared = contrast.allowed.clone()
+        shared[torch.arange(3), torch.arange(3)] = False
+        kept.append(scores[:, contrast.rows][shared])
+    assert len(kept[0]), "something has to be left to share"
+    assert float(kept[0].max()) <= limit < float(kept[1].max())
+
+
 def test_uniform_negatives_need_no_cache_and_are_the_same_with_one(
     tiny_model: DualEncoderModel, tokens: TokenStore, tmp_path: Path
 ) -> None:

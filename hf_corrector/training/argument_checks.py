@@ -165,6 +165,11 @@ def _check_negatives(args: DualEncoderTrainingArguments) -> None:
             expected="negatives 'softmax' or 'top_k', which look at scores", got=repr(args.negatives),
             cure="Leave the filter out, or sample by scores.",
         )  # fmt: skip
+    if args.drift_bound is not None and (wanted.by_score or wanted.range_min):
+        refuse(
+            "drift_bound", expected="uniform targets that no filter has sorted out: it judges all targets by them",
+            got=repr(wanted), cure="Leave drift_bound or the filter out.",
+        )  # fmt: skip
 
 
 def _check_encoder(args: Arguments) -> None:

@@ -17,7 +17,7 @@ class StepLog:
         of targets that were encoded, to their cached and their corrected vectors.
     ``residual_uniform``
         mean squared distance of uniformly drawn targets to their vectors as training sees them, before the corrector
-        has seen them.
+        has seen them; with a filter of negatives only of targets below its limits.
     ``sampling_tv``
         estimated total variation between what negatives are drawn from and the exact softmax.
     ``drift_error``, ``drift_error_high``, ``drift_evidence``, ``drift_alarms``

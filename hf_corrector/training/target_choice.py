@@ -20,6 +20,7 @@ from hf_corrector.candidate_sampling import (
     contrast_set,
     sample_candidates,
     sample_uniformly,
+    too_good_to_share,
 )
 from hf_corrector.data.tokens import TokenStore
 from hf_corrector.errors import DistributedError
@@ -117,16 +118,17 @@ class TargetChooser:
         positives = torch.cat(all_gather_rows(batch["positive_rows"]))
         excluded = ExcludedRows([list(self._judgements.positives[row]) for row in query_rows.tolist()])
         keys = DrawKeys(seed=self._args.seed, step=step, query_ids=query_rows)
-        sampled, candidates = None, None
+        sampled, candidates, too_good = None, None, None
         if self._plan is not None and scan is None:
             by_chance = SamplingPlan("uniform", self._plan.num_negatives, 1.0, self._plan.scale, self._plan.seed)
             candidates = sample_uniformly(len(self._tokens), by_chance, excluded=excluded, keys=keys)
         elif self._plan is not None and scan is not None:
             sampled = sample_candidates(scan, queries, self._plan, positives=positives, excluded=excluded, keys=keys)
-            candidates = sampled.candidates
+            candidates, too_good = sampled.candidates, too_good_to_share(scan, queries, sampled)
         contrast = contrast_set(
-            candidates, self._given(query_rows, positives, excluded), share_negatives=self._args.share_negatives
-        )
+            candidates, self._given(query_rows, positives, excluded), share_negatives=self._args.share_negatives,
+            too_good=too_good,
+        )  # fmt: skip
         _check_agreement(contrast.rows)
         part = self._part_of(contrast, counts, None if cached is None else cached(contrast.rows))
         return Choice(contrast, queries, excluded, sampled, part)
