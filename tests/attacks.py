@@ -47,7 +47,7 @@ def pickled(sentinel: Path) -> bytes:
     return pickle.dumps(_Writes(sentinel))
 
 
-def _edit(path: Path, **changes: object) -> None:
+def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -78,7 +78,7 @@ def code_beside(folder: Path, sentinel: Path) -> None:
     (folder / "evil.py").write_text(
         f"open({str(sentinel)!r}, 'w').close()\nclass EvilConfig: pass\nclass EvilModel: pass\n"
     )
-    _edit(folder / "config.json", auto_map={"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"})
+    edit(folder / "config.json", auto_map={"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"})
 
 
 def code_for_the_tokenizer(folder: Path, sentinel: Path) -> None:
@@ -101,10 +101,10 @@ def code_for_the_reader(folder: Path, sentinel: Path) -> None:
     code_beside(folder, sentinel)
     config = json.loads((folder / "config.json").read_text())
     mapped = {"AutoModelForCausalLM": "evil.EvilModel", "AutoModelForSeq2SeqLM": "evil.EvilModel"}
-    _edit(folder / "config.json", generator={**config["generator"], "auto_map": mapped})
+    edit(folder / "config.json", generator={**config["generator"], "auto_map": mapped})
     (folder / "reader_tokenizer" / "evil.py").write_text((folder / "evil.py").read_text())
     tokenizer = {"AutoTokenizer": ["evil.EvilModel", "evil.EvilModel"]}
-    _edit(folder / "reader_tokenizer" / "tokenizer_config.json", auto_map=tokenizer)
+    edit(folder / "reader_tokenizer" / "tokenizer_config.json", auto_map=tokenizer)
 
 
 def key_twice(folder: Path, sentinel: Path) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from attacks import ON_A_READER, ON_ANY_MODEL, ON_LARGER_MODELS, Attack, adapter_beside, pickled
+from attacks import ON_A_READER, ON_ANY_MODEL, ON_LARGER_MODELS, Attack, adapter_beside, edit, pickled
 from hub_stand_in import Hub, Repository
+from model_helpers import TEXTS
+from peft import LoraConfig, PeftModel, get_peft_model
 from rag_helpers import generator_of, rag_of
 from transformers import AutoConfig, AutoModel
 
@@ -20,6 +22,7 @@ from hf_corrector.errors import ConfigurationError, InputError
 from hf_corrector.models import CorrectorConfig, CorrectorModel, DualEncoderModel
 from hf_corrector.models.hub_files import CORRECTOR_FILES
 from hf_corrector.rag import RetrievalAugmentedModel
+from hf_corrector.rag.default_reader import default_reader
 from hf_corrector.rag.storage import load_reader
 
 
@@ -161,6 +164,74 @@ def test_nothing_is_fetched_or_imported_that_an_adapter_of_a_configuration_names
     with pytest.raises(InputError, match=rf"adapter_config.json: .*{refused}"):
         DualEncoderModel.from_pretrained(str(folder))
     assert "evil" not in sys.modules and not [one for one in hub.asked if "stranger" in one]
+
+
+def with_adapter(encoder: str, folder: Path, base: str | None = None) -> Path:
+    """Copy an encoder and put a LoRA beside it whose matrices are not zero."""
+    tower = AutoModel.from_pretrained(encoder, add_pooling_layer=False)
+    adapted = get_peft_model(tower, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    shutil.copytree(encoder, folder)
+    adapted.save_pretrained(folder / "apart")
+    for path in (folder / "apart").glob("adapter_*"):
+        path.rename(folder / path.name)
+    edit(folder / "adapter_config.json", base_model_name_or_path=base)
+    return folder
+
+
+@pytest.mark.parametrize("part", ["query", "target", "reader"])
+@pytest.mark.parametrize("named", [*STRANGE_ADAPTERS, "a pickle"])
+def test_no_adapter_of_that_kind_is_put_on_an_encoder(
+    named: str, part: str, tiny_encoder: str, tmp_path: Path, hub: Hub
+) -> None:
+    """Which transformers would do unasked with whatever lies beside the weights."""
+    folder = with_adapter(tiny_encoder, tmp_path / "encoder")
+    if named == "a pickle":
+        refused = "adapter_model.safetensors"
+        adapter_beside(folder, tmp_path / "sentinel")
+        edit(folder / "adapter_config.json", base_model_name_or_path="someone/encoder")
+        (folder / "adapter_model.safetensors").unlink()
+    else:
+        settings, refused = STRANGE_ADAPTERS[named]
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+    for name in (str(folder), as_repository(hub, folder, "someone/encoder")):
+        with pytest.raises(ConfigurationError, match=rf"adapter_config.json: .*{refused}"):
+            match part:
+                case "query":
+                    DualEncoderModel.from_encoder(name)
+                case "target":
+                    DualEncoderModel.from_encoder(tiny_encoder, name)
+                case "reader":
+                    default_reader(name)
+    assert not (tmp_path / "sentinel").exists() and not [one for one in hub.asked if one.endswith(".bin")]
+    assert "evil" not in sys.modules and not [one for one in hub.asked if "stranger" in one]
+
+
+def test_an_encoder_with_a_lora_of_its_own_is_loaded_with_it(tiny_encoder: str, tmp_path: Path, hub: Hub) -> None:
+    # Of the path where it was trained nobody knows here; what lies beside it is what it is put on.
+    folder = with_adapter(tiny_encoder, tmp_path / "encoder", base="stranger/other")
+    tower = AutoModel.from_pretrained(tiny_encoder, add_pooling_layer=False)
+    wanted = DualEncoderModel.from_encoder(tiny_encoder)
+    wanted.encoder = PeftModel.from_pretrained(tower, folder).merge_and_unload()
+    vectors = wanted.encode_query(TEXTS)
+    hub.asked.clear()  # PEFT looks for the configuration of the model it has been told of
+    assert not torch.allclose(vectors, DualEncoderModel.from_encoder(tiny_encoder).encode_query(TEXTS))
+
+    loaded = DualEncoderModel.from_encoder(str(folder))
+    torch.testing.assert_close(loaded.encode_query(TEXTS), vectors)
+    with pytest.raises(ConfigurationError, match="inside of a tower"):
+        loaded.save_pretrained(str(tmp_path / "saved"))
+    edit(folder / "adapter_config.json", base_model_name_or_path="someone/encoder")
+    of_the_hub = DualEncoderModel.from_encoder(as_repository(hub, folder, "someone/encoder"))
+    torch.testing.assert_close(of_the_hub.encode_query(TEXTS), vectors)
+    assert not [one for one in hub.asked if "stranger" in one]
+
+
+def test_no_other_model_is_loaded_than_the_one_that_was_named(tiny_encoder: str, tmp_path: Path, hub: Hub) -> None:
+    """Of a repository with an adapter, transformers would take the weights from wherever that says."""
+    folder = with_adapter(tiny_encoder, tmp_path / "encoder", base="stranger/other")
+    with pytest.raises(ConfigurationError, match="an adapter of someone/encoder itself; got one of 'stranger/other'"):
+        DualEncoderModel.from_encoder(as_repository(hub, folder, "someone/encoder"))
+    assert not [one for one in hub.asked if "stranger" in one]
 
 
 def test_a_pickled_tower_is_never_loaded(tiny_encoder: str, tmp_path: Path) -> None:

@@ -26,12 +26,13 @@ GENERATION_FILE = "generation_config.json"
 UPGRADE_FILE = "upgrade.json"
 BASE_FILE = "base_model.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 # How a from_pretrained of transformers is told to open nothing else, to run no code, and to say what was missing.
 SAFELY = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
 _WHERE = ("revision", "cache_dir", "token", "local_files_only")
 _CONFIG = ("config.json", GENERATION_FILE)
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_ADAPTER = (ADAPTER_CONFIG_FILE, "adapter_model.safetensors", BASE_FILE)
+_ADAPTER = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, BASE_FILE)
 # Where a configuration says what it was loaded from; the second is that of an adapter.
 _NAMES = ("_name_or_path", "base_model_name_or_path")
 _TOKENIZER = (

@@ -15,21 +15,22 @@ from hf_corrector._files import read_json
 from hf_corrector.cards import card_of_dual_encoder
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.adapter_files import (
-    ADAPTER_WEIGHTS_FILE,
     BaseNote,
     ModelOrigin,
     adapted_layers,
+    adapters_of,
     add_heads,
     base_tensors,
     check_folder,
-    check_kind,
     hash_base,
     is_adapter,
     write_adapter,
 )
+from hf_corrector.models.adapter_kinds import check_kind
 from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig, check_settings
 from hf_corrector.models.hub_files import (
     ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
     CORRECTOR_FOLDER,
     DUAL_ENCODER_FILES,
     SAFELY,
@@ -256,7 +257,8 @@ class StoredDualEncoder(PushedModel):
             kwargs: Handed to transformers' ``save_pretrained``.
 
         Raises:
-            ConfigurationError: If the folder holds an adapter and this is a whole model, or the other way round.
+            ConfigurationError: If the folder holds an adapter and this is a whole model, or the other way round; or if
+                the adapter came with the encoder.
         """
         if kwargs.get("push_to_hub"):
             raise ConfigurationError(
@@ -265,6 +267,12 @@ class StoredDualEncoder(PushedModel):
             )  # fmt: skip
         folder, is_main = Path(save_directory), kwargs.get("is_main_process", True)
         if adapted_layers(self):
+            if not adapters_of(self):
+                raise ConfigurationError(
+                    "save_pretrained", expected="an adapter on the whole dual encoder", got="one inside of a tower",
+                    cure="Put it on the encoder with PeftModel.from_pretrained, call merge_and_unload(), save that "
+                    "with its tokenizer, and make the dual encoder from that folder.",
+                )  # fmt: skip
             if is_main:
                 check_folder(folder, adapted=True)
                 write_adapter(folder, self)
