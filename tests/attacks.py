@@ -107,6 +107,31 @@ def code_for_the_reader(folder: Path, sentinel: Path) -> None:
     edit(folder / "reader_tokenizer" / "tokenizer_config.json", auto_map=tokenizer)
 
 
+def attention_from_the_hub(folder: Path, sentinel: Path) -> None:
+    """Name a kernel: compiled code that transformers fetches from there and runs."""
+    edit(folder / "config.json", attn_implementation="stranger/kernel")
+
+
+def attention_by_another_name(folder: Path, sentinel: Path) -> None:
+    """Let a file say that one field is another."""
+    edit(
+        folder / "config.json", attribute_map={"harmless": "_attn_implementation_internal"}, harmless="stranger/kernel"
+    )
+
+
+def attention_of_a_part(folder: Path, sentinel: Path) -> None:
+    """Name a kernel for a model inside of the model, which the configuration around it overrides."""
+    config = json.loads((folder / "config.json").read_text())
+    part = "generator" if "generator" in config else "encoder"
+    edit(folder / "config.json", **{part: {**config[part], "_attn_implementation": "stranger/kernel@main:attend"}})
+
+
+def pickle_by_the_configuration(folder: Path, sentinel: Path) -> None:
+    """Name the one pickle that transformers opens where pickles are ruled out."""
+    (folder / "adapter_model.bin").write_bytes(pickled(sentinel))
+    edit(folder / "config.json", transformers_weights="adapter_model.bin")
+
+
 def key_twice(folder: Path, sentinel: Path) -> None:
     text = (folder / "config.json").read_text().rstrip()
     (folder / "config.json").write_text(text[:-1] + ', "model_type": "bert"}')
@@ -182,6 +207,9 @@ ON_ANY_MODEL = [
     Attack("pickle by another name", pickle_by_another_name, "header"),
     Attack("code beside", code_beside, None),
     Attack("adapter beside", adapter_beside, "adapter"),
+    Attack("attention from the Hub", attention_from_the_hub, "a kernel of the Hub"),
+    Attack("attention by another name", attention_by_another_name, "a kernel of the Hub"),
+    Attack("pickle by the configuration", pickle_by_the_configuration, "transformers_weights in safetensors"),
     Attack("key twice", key_twice, "duplicate keys"),
     Attack("not a number", not_a_number, "NaN"),
     Attack("deep JSON", deep_json, "JSON"),
@@ -195,6 +223,7 @@ ON_ANY_MODEL = [
 # Of models that may have a tokenizer, or parts.
 ON_LARGER_MODELS = [
     Attack("code for the tokenizer", code_for_the_tokenizer, None),
+    Attack("attention of a part", attention_of_a_part, None),
     Attack("parts elsewhere", parts_elsewhere, "plain file names"),
     Attack("pickled parts", pickled_parts, r"\*.safetensors"),
 ]

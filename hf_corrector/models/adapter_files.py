@@ -79,21 +79,22 @@ class BaseNote:
         write_json(folder / BASE_FILE, asdict(self))
 
     @classmethod
-    def load(cls, name: str, revision: str | None = None) -> BaseNote:
+    def load(cls, name: str, revision: str | None = None, *, subfolder: str = "") -> BaseNote:
         """Read from a folder or Hub repository.
 
         Raises:
             ConfigurationError: If there is none.
             InputError: If it is damaged.
         """
-        found = read_repository_json(name, BASE_FILE, revision)
+        file = f"{subfolder}/{BASE_FILE}" if subfolder else BASE_FILE
+        found = read_repository_json(name, file, revision)
         if found is None:
             raise ConfigurationError(
                 name, expected=f"an adapter with {BASE_FILE}, which says what is under it", got="one without",
                 cure="Load the model under it and call PeftModel.from_pretrained(model, folder); to write the file, "
                 "save with trainer.save_model() or dual_encoder_of(model).save_pretrained(folder).",
             )  # fmt: skip
-        where = f"{name}/{BASE_FILE}"
+        where = f"{name}/{file}"
         note = checked_fields(cls, found, where=where)
         origin = checked_fields(ModelOrigin, note["origin"], where=where)
         sources = tuple(TowerSource(**checked_fields(TowerSource, one, where=where)) for one in origin["sources"])

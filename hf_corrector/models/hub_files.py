@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from hf_corrector._files import read_json
 from hf_corrector._hub import PushOptions, Upload, fetch, push
 from hf_corrector._untrusted import check_files, inside
 from hf_corrector.errors import ConfigurationError, InputError
+from hf_corrector.models.foreign_configs import check_config
 from hf_corrector.records import FITTED_FILE, shareable
 
 CARD_FILE = "README.md"
@@ -61,14 +64,29 @@ class CheckedModel:
         folder: Where they lie on this machine.
         loading: By which arguments transformers loads each of its parts from where it came: those that were given, and
             for a repository the commit that was looked at.
+        subfolder: Folder of the model inside of both; empty for the root.
     """
 
     folder: Path
     loading: dict[str, Any]
+    subfolder: str = ""
 
-    def refuse_adapter(self, subfolder: str = "") -> None:
+    @property
+    def place(self) -> Path:
+        """Where the model lies on this machine."""
+        return self.folder / self.subfolder
+
+    def part(self, name: str) -> str:
+        """Return the subfolder of a part of the model."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def check_config(self, config_class: type[PreTrainedConfig]) -> None:
+        """Refuse a configuration that leads to code or pickles (InputError)."""
+        check_config(config_class.from_pretrained(self.place), str(self.place / "config.json"))
+
+    def refuse_adapter(self) -> None:
         """Refuse an adapter beside a whole model, which transformers would put on it (InputError)."""
-        path = self.folder / subfolder / ADAPTER_CONFIG_FILE
+        path = self.place / ADAPTER_CONFIG_FILE
         if path.exists():
             raise InputError(
                 str(path), expected="a whole model alone", got="an adapter beside it", cure="Take the adapter away."
@@ -89,6 +107,7 @@ def checked(name: str, patterns: tuple[str, ...], loading: Mapping[str, Any], *,
         InputError: If a file cannot be trusted; names it.
         HubError: If there is no such folder, and the Hub has no such repository or cannot be reached.
     """
+    subfolder = subfolder.strip("/")
     where = {key: loading[key] for key in _WHERE if loading.get(key) is not None}
     wanted = [f"{subfolder}/{one}" if subfolder else one for one in dict.fromkeys((*patterns, ADAPTER_CONFIG_FILE))]
     if Path(name).is_dir():
@@ -97,7 +116,7 @@ def checked(name: str, patterns: tuple[str, ...], loading: Mapping[str, Any], *,
         folder = fetch(name, wanted, **where)
         where["revision"] = folder.name
     check_files(folder, wanted)
-    return CheckedModel(folder, where)
+    return CheckedModel(folder, where, subfolder)
 
 
 @dataclass(frozen=True)

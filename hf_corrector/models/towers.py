@@ -27,6 +27,7 @@ from hf_corrector._files import hash_strings
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.adapter_kinds import check_kind
 from hf_corrector.models.configuration_dual_encoder import DROPOUT_FIELDS
+from hf_corrector.models.foreign_configs import check_config
 from hf_corrector.models.hub_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from hf_corrector.models.sentence_transformers_format import read_repository_json, repository_file
 
@@ -68,11 +69,13 @@ class TowerSource:
 
         Raises:
             ConfigurationError: If there are fewer layers than asked for.
+            InputError: If it leads to code or pickles.
             OSError: If transformers does not find the model.
         """
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             self.name, revision=self.revision, subfolder=self.subfolder, trust_remote_code=False
         )
+        check_config(config, f"configuration of {self.name}")
         if self.num_hidden_layers is not None:
             text_config = config.get_text_config()
             if not 1 <= self.num_hidden_layers <= text_config.num_hidden_layers:
