@@ -57,10 +57,10 @@ class TowerSource:
     num_hidden_layers: int | None = None
 
     def pinned(self) -> TowerSource:
-        """Return the same at the commit that was downloaded, so far as the Hub's default cache knows it."""
+        """Return the same at the commit that was downloaded, so far as the Hub's cache knows it; a folder has none."""
         file = f"{self.subfolder}/config.json" if self.subfolder else "config.json"
         if Path(self.name).exists():
-            return self
+            return replace(self, revision=None)
         found = try_to_load_from_cache(self.name, file, revision=self.revision)
         return replace(self, revision=Path(found).parts[-2 - file.count("/")]) if isinstance(found, str) else self
 
