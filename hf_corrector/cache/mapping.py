@@ -1,4 +1,4 @@
-"""The files of a cache as its manifest describes them: their tensors, how they are mapped, which rows their bytes are."""
+"""The files of a cache as its manifest describes them: their tensors, how they are mapped, whose rows bytes are."""
 
 from __future__ import annotations
 
