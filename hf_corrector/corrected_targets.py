@@ -69,10 +69,12 @@ class CorrectedTargets:
         """
         if self._fits:
             return self.read(0, len(self))[rows.to(self.device)]
-        unique, positions = torch.unique(rows.cpu(), return_inverse=True)
+        rows = rows.cpu()
+        unique, positions = torch.unique(rows, return_inverse=True)
         side = None if self.side is None else self.side.gather(unique)
         corrected = self._correct(self.stale.gather(unique), side)
-        return corrected[positions.to(corrected.device)]
+        # Rows that ascend, as those of a pool do, are in their places; moving them takes as long as reading them.
+        return corrected if torch.equal(unique, rows) else corrected[positions.to(corrected.device)]
 
     def _read_side(self, start: int, stop: int) -> torch.Tensor | None:
         return None if self.side is None else self.side.read(start, stop)

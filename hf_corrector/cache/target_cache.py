@@ -267,8 +267,12 @@ class TargetCache:
         for shard, start in enumerate(self._starts.tolist()):
             places = order[bounds[shard] : bounds[shard + 1]]
             if len(places):
-                local = torch.from_numpy(wanted[places] - start)
-                out[torch.from_numpy(places)] = self._shards[shard].index_select(0, local).to(dtype)
+                found = self._shards[shard].index_select(0, torch.from_numpy(wanted[places] - start))
+                first, last = int(places[0]), int(places[-1])
+                if last - first + 1 == len(places):  # they ascend: one copy, which also converts
+                    out[first : last + 1] = found
+                else:
+                    out[torch.from_numpy(places)] = found.to(dtype)
         return out
 
     def check_bytes(self, start: int, stop: int) -> None:
