@@ -72,6 +72,13 @@ def test_snapshot_of_several_chunks_is_whole() -> None:
     assert torch.allclose(seen.read(0, len(many)), affine()(many.tensor), atol=1e-5)
 
 
+def test_more_rows_than_a_chunk_are_gathered_as_fewer_are() -> None:
+    many = rows(READ_ROWS + 100)
+    seen = CorrectedTargets(many, affine(), snapshot_bytes=NO_SNAPSHOT)
+    for wanted in (torch.arange(len(many)), torch.arange(len(many)).flip(0)):
+        assert torch.allclose(seen.gather(wanted), affine()(many.tensor)[wanted], atol=1e-5)
+
+
 def test_snapshot_is_made_once_until_it_is_invalidated() -> None:
     corrector = affine()
     seen = CorrectedTargets(rows(), corrector)
