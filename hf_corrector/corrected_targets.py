@@ -69,10 +69,20 @@ class CorrectedTargets:
         """
         if self._fits:
             return self.read(0, len(self))[rows.to(self.device)]
-        unique, positions = torch.unique(rows.cpu(), return_inverse=True)
-        side = None if self.side is None else self.side.gather(unique)
-        corrected = self._correct(self.stale.gather(unique), side)
-        return corrected[positions.to(corrected.device)]
+        rows = rows.cpu()
+        unique, positions = torch.unique(rows, return_inverse=True)
+        corrected = self._gathered(unique)
+        # Rows that ascend, as those of a pool do, are in their places; moving them takes as long as reading them.
+        return corrected if torch.equal(unique, rows) else corrected[positions.to(corrected.device)]
+
+    def _gathered(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.corrector is None or len(rows) <= READ_ROWS:
+            return self._correct(self.stale.gather(rows), None if self.side is None else self.side.gather(rows))
+        # So many that what a corrector computes on its way would be written to memory and read again.
+        corrected = torch.empty(len(rows), self.dim, device=self.device)
+        for start in range(0, len(rows), READ_ROWS):
+            corrected[start : start + READ_ROWS] = self._gathered(rows[start : start + READ_ROWS])
+        return corrected
 
     def _read_side(self, start: int, stop: int) -> torch.Tensor | None:
         return None if self.side is None else self.side.read(start, stop)

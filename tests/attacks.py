@@ -47,7 +47,7 @@ def pickled(sentinel: Path) -> bytes:
     return pickle.dumps(_Writes(sentinel))
 
 
-def _edit(path: Path, **changes: object) -> None:
+def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -78,7 +78,7 @@ def code_beside(folder: Path, sentinel: Path) -> None:
     (folder / "evil.py").write_text(
         f"open({str(sentinel)!r}, 'w').close()\nclass EvilConfig: pass\nclass EvilModel: pass\n"
     )
-    _edit(folder / "config.json", auto_map={"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"})
+    edit(folder / "config.json", auto_map={"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.EvilModel"})
 
 
 def code_for_the_tokenizer(folder: Path, sentinel: Path) -> None:
@@ -101,10 +101,35 @@ def code_for_the_reader(folder: Path, sentinel: Path) -> None:
     code_beside(folder, sentinel)
     config = json.loads((folder / "config.json").read_text())
     mapped = {"AutoModelForCausalLM": "evil.EvilModel", "AutoModelForSeq2SeqLM": "evil.EvilModel"}
-    _edit(folder / "config.json", generator={**config["generator"], "auto_map": mapped})
+    edit(folder / "config.json", generator={**config["generator"], "auto_map": mapped})
     (folder / "reader_tokenizer" / "evil.py").write_text((folder / "evil.py").read_text())
     tokenizer = {"AutoTokenizer": ["evil.EvilModel", "evil.EvilModel"]}
-    _edit(folder / "reader_tokenizer" / "tokenizer_config.json", auto_map=tokenizer)
+    edit(folder / "reader_tokenizer" / "tokenizer_config.json", auto_map=tokenizer)
+
+
+def attention_from_the_hub(folder: Path, sentinel: Path) -> None:
+    """Name a kernel: compiled code that transformers fetches from there and runs."""
+    edit(folder / "config.json", attn_implementation="stranger/kernel")
+
+
+def attention_by_another_name(folder: Path, sentinel: Path) -> None:
+    """Let a file say that one field is another."""
+    edit(
+        folder / "config.json", attribute_map={"harmless": "_attn_implementation_internal"}, harmless="stranger/kernel"
+    )
+
+
+def attention_of_a_part(folder: Path, sentinel: Path) -> None:
+    """Name a kernel for a model inside of the model, which the configuration around it overrides."""
+    config = json.loads((folder / "config.json").read_text())
+    part = "generator" if "generator" in config else "encoder"
+    edit(folder / "config.json", **{part: {**config[part], "_attn_implementation": "stranger/kernel@main:attend"}})
+
+
+def pickle_by_the_configuration(folder: Path, sentinel: Path) -> None:
+    """Name the one pickle that transformers opens where pickles are ruled out."""
+    (folder / "adapter_model.bin").write_bytes(pickled(sentinel))
+    edit(folder / "config.json", transformers_weights="adapter_model.bin")
 
 
 def key_twice(folder: Path, sentinel: Path) -> None:
@@ -182,6 +207,9 @@ ON_ANY_MODEL = [
     Attack("pickle by another name", pickle_by_another_name, "header"),
     Attack("code beside", code_beside, None),
     Attack("adapter beside", adapter_beside, "adapter"),
+    Attack("attention from the Hub", attention_from_the_hub, "a kernel of the Hub"),
+    Attack("attention by another name", attention_by_another_name, "a kernel of the Hub"),
+    Attack("pickle by the configuration", pickle_by_the_configuration, "transformers_weights in safetensors"),
     Attack("key twice", key_twice, "duplicate keys"),
     Attack("not a number", not_a_number, "NaN"),
     Attack("deep JSON", deep_json, "JSON"),
@@ -195,6 +223,7 @@ ON_ANY_MODEL = [
 # Of models that may have a tokenizer, or parts.
 ON_LARGER_MODELS = [
     Attack("code for the tokenizer", code_for_the_tokenizer, None),
+    Attack("attention of a part", attention_of_a_part, None),
     Attack("parts elsewhere", parts_elsewhere, "plain file names"),
     Attack("pickled parts", pickled_parts, r"\*.safetensors"),
 ]

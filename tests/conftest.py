@@ -21,6 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def pytest_unconfigure() -> None:
+    """Let what :func:`garbage_is_sought_among_new_objects` has set aside be collected when the session is over."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny BERT with random weights and a real fast tokenizer; do not write into it."""

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from hf_corrector.cache.side_store import open_side, side_details
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cli.main import COMMANDS, main
-from hf_corrector.models import CorrectorModel
+from hf_corrector.models import CorrectorModel, DualEncoderModel
+from hf_corrector.models.adapters import dual_encoder_of
 
 WORDS = ["copy", "move", "list", "count", "sort", "find", "print", "replace", "delete", "join", "split", "merge"]
 
@@ -81,6 +83,18 @@ def test_a_run_is_not_written_over_another(trained: Path, folder: Path, capsys: 
     assert main(["train", "--data", str(folder), "--max_steps", "1", "--output_dir", str(trained)]) == 1
     assert "a new output folder" in capsys.readouterr().err
     assert (trained / "run.json").read_bytes() == before
+
+
+def test_an_adapter_that_could_not_be_trained_further_is_refused_before_any_target_is_encoded(
+    folder: Path, tiny_encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = DualEncoderModel.from_encoder(tiny_encoder)
+    dual_encoder_of(get_peft_model(base, LoraConfig(target_modules=["query"]))).save_pretrained(tmp_path / "adapter")
+    command = ["train", "--data", str(folder), "--model", str(tmp_path / "adapter"), "--max_steps", "1"]
+    command += ["--staleness", "corrector", "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+    assert main([*command, "--disable_tqdm", "true"]) == 1
+    assert "is_trainable=True" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "cache").exists() and not (tmp_path / "out" / "tokens").exists()
 
 
 def test_embed_then_verify_then_search(

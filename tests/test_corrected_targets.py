@@ -54,8 +54,8 @@ def test_rows_are_what_the_corrector_returns(kept: int, dim_out: int) -> None:
     assert seen.dim == dim_out
     assert torch.allclose(seen.read(0, 50), expected, atol=1e-6)
     assert torch.allclose(seen.read(10, 13), expected[10:13], atol=1e-6)
-    wanted = torch.tensor([49, 3, 3, 0])
-    assert torch.allclose(seen.gather(wanted), expected[wanted], atol=1e-6)
+    for wanted in (torch.tensor([49, 3, 3, 0]), torch.tensor([3, 4, 17, 49]), torch.tensor([3, 3, 49])):
+        assert torch.allclose(seen.gather(wanted), expected[wanted], atol=1e-6)
     assert not seen.read(0, 1).requires_grad
 
 
@@ -70,6 +70,13 @@ def test_snapshot_of_several_chunks_is_whole() -> None:
     many = rows(READ_ROWS + 100)
     seen = CorrectedTargets(many, affine())
     assert torch.allclose(seen.read(0, len(many)), affine()(many.tensor), atol=1e-5)
+
+
+def test_more_rows_than_a_chunk_are_gathered_as_fewer_are() -> None:
+    many = rows(READ_ROWS + 100)
+    seen = CorrectedTargets(many, affine(), snapshot_bytes=NO_SNAPSHOT)
+    for wanted in (torch.arange(len(many)), torch.arange(len(many)).flip(0)):
+        assert torch.allclose(seen.gather(wanted), affine()(many.tensor)[wanted], atol=1e-5)
 
 
 def test_snapshot_is_made_once_until_it_is_invalidated() -> None:

@@ -46,6 +46,16 @@ def make_corrector(dim: int = 4, *, noted: bool = True) -> CorrectorModel:
 # ---------------------------------------------------------------------- correctors
 
 
+def test_an_encoder_of_the_hub_is_known_by_its_commit(tiny_encoder: str, hub: Hub) -> None:
+    repository = hub.repositories["models/someone/encoder"] = Repository()
+    commit = repository.commit({path.name: path.read_bytes() for path in Path(tiny_encoder).iterdir()}, "main")
+    stale = DualEncoderModel.from_encoder("someone/encoder").fingerprint("target")
+    assert (stale.name, stale.revision) == ("someone/encoder", commit)
+    corrector = make_corrector(noted=False)
+    corrector.note_encoders(stale=stale, fresh=replace(stale, weights="x" * 32), trained=True)
+    assert "base_model:\n- someone/encoder\n" in corrector.own_card() and commit in corrector.own_card()
+
+
 def test_a_corrector_comes_back_with_what_it_was_fitted_to(hub: Hub) -> None:
     model, vectors = make_corrector(), torch.randn(5, 4)
     address = model.push_to_hub("someone/a-to-b", options=QUIET)

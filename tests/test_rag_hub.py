@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,42 @@ def test_the_card_says_what_the_record_says_and_what_is_missing(tiny_encoder: st
     for section in ("The reader", "Results", "Cost", "Data", "How it was made"):
         assert MISSING in bare.split(f"## {section}\n")[1].split("\n## ")[0], section
     assert "an unnamed encoder with an unnamed reader" in bare and f"Licence of these weights: {MISSING}" in bare
+
+
+@pytest.mark.parametrize("passages", [0, 2])
+def test_the_card_of_a_reader_trained_alone_tells_of_no_stale_cache(
+    passages: int, tiny_encoder: str, tmp_path: Path
+) -> None:
+    settings = {"objective": "generator_only", "num_passages": passages, "max_steps": 2}
+    trainer = rag_trainer(rag_of(tiny_encoder, "t5"), tmp_path, **settings)
+    trainer.train()
+    if trainer.live_cache is None:
+        trainer.build_cache()
+    judgement = judge_trained(trainer, question_data()[2])
+    card = card_of_reading_run(trainer.run_record())
+    assert not re.search(r"goes stale|stale index|before and after|re-embed \||fitted on|differences|recovery", card)
+    assert "with what the former finds, which stayed as it was" in card if passages else "without passages" in card
+    mean, fingerprint = judgement.means["fresh"]["f1"], trainer.encoder.fingerprint("target")
+    (line,) = [line for line in card.splitlines() if line.startswith("| index |")]
+    assert f"{mean.estimate:.3f} [{mean.low:.3f}, {mean.high:.3f}]" in line
+    assert f"| weights | `{fingerprint.weights[:12]}` |" in card.split("## The retriever\n")[1]
+
+
+def test_a_folder_called_like_a_repository_is_no_base_model(
+    tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_encoder, tmp_path / "models" / "encoder")
+    for part in generator_of("gpt2"):
+        part.save_pretrained(tmp_path / "models" / "reader")
+    monkeypatch.chdir(tmp_path)
+    model = RetrievalAugmentedModel.from_names("models/encoder", "models/reader", answer_max_length=12)
+    model.retriever = DualEncoderModel.from_encoder("models/encoder", revision="main")
+    model.retriever.corrector = CorrectorModel(CorrectorConfig(kind="affine", input_dim=32))
+    stale = model.retriever.fingerprint("target")
+    model.retriever.corrector.note_encoders(stale=stale, fresh=stale)
+    for card in (model.own_card(), model.retriever.own_card(), model.retriever.corrector.own_card()):
+        assert "base_model" not in metadata(card) and "models/" not in card
+    assert "# Retriever from encoder with reader as its reader" in model.own_card()
 
 
 def test_push_knows_the_folder_of_a_run(tiny_encoder: str, hub: Hub, tmp_path: Path) -> None:

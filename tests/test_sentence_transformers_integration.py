@@ -228,9 +228,7 @@ def test_labels_that_are_no_rows_are_refused(trained: Any, labels: Any, message:
         loss([loss.model.preprocess(["list"])], labels)
 
 
-def test_what_does_not_fit_together_is_refused(
-    trained: Any, tiny_encoder: str, data: RetrievalData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_together_is_refused(trained: Any, data: RetrievalData) -> None:
     _, loss, _ = trained
     with pytest.raises(DataError, match="2 text columns"):
         loss([loss.model.preprocess(["list"])] * 2, torch.tensor([[0, 0]]))
@@ -238,9 +236,6 @@ def test_what_does_not_fit_together_is_refused(
         CorrectedNegativesLoss(loss.model, loss.cache, data.corpus.select(range(5)))
     with pytest.raises(ConfigurationError, match="shortlist"):
         NegativesOptions(scan=ScanPlan("shortlist"))
-    monkeypatch.setattr(integration, "world_size", lambda: 2)
-    with pytest.raises(ConfigurationError, match="DualEncoderTrainer"):
-        CorrectedNegativesLoss(loss.model, loss.cache, data.corpus)
 
 
 def test_lines_of_the_documentation_train_a_model(

@@ -127,9 +127,9 @@ def test_reading_rows_that_do_not_exist_is_refused(cache: TargetCache, start: in
 
 
 def test_gathering_takes_numpy_and_torch_any_order_and_repetition(cache: TargetCache) -> None:
-    rows = [9, 0, 4, 4, 3, 8]
-    for wanted in (np.array(rows), torch.tensor(rows), np.array(rows, dtype=np.int32), torch.tensor(rows).int()):
-        assert torch.equal(cache.gather(wanted), make_vectors()[rows])
+    for rows in ([9, 0, 4, 4, 3, 8], [0, 2, 3, 4, 7, 9], [3, 9, 2, 8]):
+        for wanted in (np.array(rows), torch.tensor(rows), np.array(rows, dtype=np.int32), torch.tensor(rows).int()):
+            assert torch.equal(cache.gather(wanted), make_vectors()[rows])
     empty = cache.gather(torch.empty(0, dtype=torch.int64))
     assert (empty.shape, empty.dtype) == ((0, 4), torch.float32)
 

@@ -27,6 +27,7 @@ from hf_corrector.cache.entries import ShardEntry, ShardRange
 from hf_corrector.cache.folder_lock import LockHolder
 from hf_corrector.cache.ids import PackedIds
 from hf_corrector.cache.manifest import CacheManifest
+from hf_corrector.cache.mapping import ids_specs
 from hf_corrector.cache.row_files import row_file, write_rows
 from hf_corrector.cache.shard_files import write_file
 from hf_corrector.cache.side_store import (
@@ -38,7 +39,7 @@ from hf_corrector.cache.side_store import (
     write_counts,
     write_dense,
 )
-from hf_corrector.cache.target_cache import TargetCache, Vectors, ids_specs, locked_as_opened
+from hf_corrector.cache.target_cache import TargetCache, Vectors, locked_as_opened
 from hf_corrector.cache.writer import CachePlan, CacheWriter, check_matrix, default_shard_rows, hash_vectors
 from hf_corrector.errors import CacheCorruptedError, CacheMismatchError, ConfigurationError, DataError
 from hf_corrector.side_features import DenseSide, TokenCounts

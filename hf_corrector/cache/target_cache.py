@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +18,10 @@ from hf_corrector.cache.entries import DATA_START, DTYPES, ShardEntry
 from hf_corrector.cache.folder_lock import locked
 from hf_corrector.cache.hub_copies import fetch_cache, push_cache
 from hf_corrector.cache.ids import PackedIds
-from hf_corrector.cache.manifest import CacheManifest, PlanRecord, check_fingerprint
+from hf_corrector.cache.manifest import CacheManifest, check_fingerprint
+from hf_corrector.cache.mapping import file_namer, map_ids, map_shard, row_namer
 from hf_corrector.cache.row_files import map_rows, runs
-from hf_corrector.cache.shard_files import TensorSpec, check_blocks, corrupted, first_bad_row, map_file, tensor_of
+from hf_corrector.cache.shard_files import check_blocks, corrupted, first_bad_row
 from hf_corrector.errors import CacheCorruptedError, CacheMismatchError, ConfigurationError
 from hf_corrector.records import EncoderFingerprint
 
@@ -82,8 +83,8 @@ class TargetCache:
             if expected is not None:
                 check_fingerprint(str(folder), expected=expected, got=manifest.fingerprint)
             try:
-                shards = [_map_shard(folder, manifest, entry) for entry in manifest.shards]
-                cache = cls(folder, manifest, shards=shards, ids=_map_ids(folder, manifest.ids))
+                shards = [map_shard(folder, manifest, entry) for entry in manifest.shards]
+                cache = cls(folder, manifest, shards=shards, ids=map_ids(folder, manifest.ids))
             except CacheCorruptedError:
                 # An edit that ended just now has removed files of the generation before, which the manifest named.
                 if CacheManifest.load(folder) == manifest:
@@ -266,8 +267,12 @@ class TargetCache:
         for shard, start in enumerate(self._starts.tolist()):
             places = order[bounds[shard] : bounds[shard + 1]]
             if len(places):
-                local = torch.from_numpy(wanted[places] - start)
-                out[torch.from_numpy(places)] = self._shards[shard].index_select(0, local).to(dtype)
+                found = self._shards[shard].index_select(0, torch.from_numpy(wanted[places] - start))
+                first, last = int(places[0]), int(places[-1])
+                if last - first + 1 == len(places):  # they ascend: one copy, which also converts
+                    out[first : last + 1] = found
+                else:
+                    out[torch.from_numpy(places)] = found.to(dtype)
         return out
 
     def check_bytes(self, start: int, stop: int) -> None:
@@ -282,9 +287,7 @@ class TargetCache:
             inside = places[(places >= entry.row0) & (places < entry.row0 + entry.rows)] - entry.row0
             if len(inside):
                 part = DATA_START + int(inside.min()) * width, DATA_START + (int(inside.max()) + 1) * width
-                check_blocks(
-                    self.path, entry, rows_of_bytes=_row_namer(entry, width), advance=lambda _: None, part=part
-                )
+                check_blocks(self.path, entry, rows_of_bytes=row_namer(entry, width), advance=lambda _: None, part=part)
 
     def verify(self, *, progress: bool = False) -> None:
         """Read every byte on the disk and check it, then every row and every id.
@@ -302,9 +305,9 @@ class TargetCache:
         total = sum(entry.bytes for entry in manifest.files)
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar:
             for entry in manifest.files[len(manifest.shards) :]:
-                check_blocks(self.path, entry, rows_of_bytes=_file_namer(entry), advance=bar.update)
+                check_blocks(self.path, entry, rows_of_bytes=file_namer(entry), advance=bar.update)
             for entry in manifest.shards:
-                check_blocks(self.path, entry, rows_of_bytes=_row_namer(entry, manifest.row_bytes), advance=bar.update)
+                check_blocks(self.path, entry, rows_of_bytes=row_namer(entry, manifest.row_bytes), advance=bar.update)
                 self._check_rows(entry)
         self._check_ids()
         if self._places is not None and len(np.unique(self._checked_places(self._places))) < len(self):
@@ -344,41 +347,6 @@ class TargetCache:
             wanted = f"stored rows from 0 to {self.manifest.stored_rows - 1}"
             raise corrupted(self.path, "places", expected=wanted, got=str(places[outside[0]]))
         return places
-
-
-def shard_specs(plan: PlanRecord, rows: int) -> list[TensorSpec]:
-    """Describe the tensors of a shard."""
-    return [TensorSpec("emb", DTYPES[plan.dtype].code, (rows, plan.dim))]
-
-
-def ids_specs(rows: int, total: int) -> list[TensorSpec]:
-    """Describe the tensors of the file of ids; ``total`` is their length in bytes."""
-    return [TensorSpec("offsets", "I64", (rows + 1,)), TensorSpec("bytes", "U8", (total,))]
-
-
-def _map_shard(folder: Path, manifest: CacheManifest, entry: ShardEntry) -> torch.Tensor:
-    mapped = map_file(folder, entry, specs=shard_specs(manifest, entry.rows))
-    return tensor_of(mapped, DTYPES[manifest.dtype].torch, rows=entry.rows, dim=manifest.dim)
-
-
-def _map_ids(folder: Path, entry: ShardEntry) -> PackedIds:
-    start = DATA_START + 8 * (entry.rows + 1)
-    mapped = map_file(folder, entry, specs=ids_specs(entry.rows, entry.bytes - start))
-    offsets = np.frombuffer(mapped, dtype=np.int64, count=entry.rows + 1, offset=DATA_START)
-    return PackedIds(offsets, np.frombuffer(mapped, dtype=np.uint8, offset=start))
-
-
-def _row_namer(entry: ShardEntry, row_bytes: int) -> Callable[[int, int], str]:
-    def name(start: int, stop: int) -> str:
-        first = max(start - DATA_START, 0) // row_bytes
-        last = max(stop - DATA_START - 1, 0) // row_bytes
-        return f"{entry.file}, rows {entry.row0 + first} to {entry.row0 + last}"
-
-    return name
-
-
-def _file_namer(entry: ShardEntry) -> Callable[[int, int], str]:
-    return lambda start, stop: entry.range_text
 
 
 def _reopen(path: str, checksum: str) -> TargetCache:

@@ -24,10 +24,11 @@ from hf_corrector.cache.entries import ShardEntry, ShardRange, stored_dtype
 from hf_corrector.cache.folder_lock import LockHolder, locked
 from hf_corrector.cache.ids import PackedIds
 from hf_corrector.cache.manifest import MANIFEST_FILE, PLAN_FILE, CacheManifest, PlanRecord
+from hf_corrector.cache.mapping import ids_specs, shard_specs
 from hf_corrector.cache.row_files import row_file, write_rows
 from hf_corrector.cache.sealed import FORMAT_VERSION, read_sealed, write_sealed
 from hf_corrector.cache.shard_files import digest_file, first_bad_row, write_file
-from hf_corrector.cache.target_cache import TargetCache, Vectors, ids_specs, shard_specs
+from hf_corrector.cache.target_cache import TargetCache, Vectors
 from hf_corrector.errors import (
     CacheError,
     CacheIncompleteError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -48,9 +49,14 @@ def card_of_reading_run(record: RunRecord, facts: CardFacts | None = None) -> st
     """
     facts = CardFacts() if facts is None else facts
     corrector = facts.name_encoders(described(record))
+    # With this objective the retriever is not trained, and no cache of its vectors goes stale.
+    frozen = record.arguments.get("objective") == "generator_only"
     kwargs = {
-        **_common(corrector, record.arguments, facts), "recorded": True, "results": tables.results(record),
-        "differences": differences(record), "counts": tables.counts(record), "costs": tables.costs(record),
+        **_common(corrector, record.arguments, facts), "recorded": True, "frozen": frozen,
+        "trained": _how_it_was_trained(record.arguments, frozen=frozen),
+        "encoder": tables.encoder(dict(corrector.get("stale_encoder") or {})),
+        "results": tables.results(_judged_once(record) if frozen else record), "differences": differences(record),
+        "counts": tables.counts(record), "costs": tables.costs(record),
         "data": tables.data(record, facts.data_license), "data_note": facts.data_note,
         **how_it_was_made(record, _SETTINGS),
     }  # fmt: skip
@@ -67,8 +73,27 @@ def card_of_retrieval_augmented(reader: Mapping[str, Any], corrector: Mapping[st
     """
     facts = CardFacts()
     return render(
-        _metadata(corrector, reader, facts), {**_common(corrector, reader, facts), "recorded": False}, template=TEMPLATE
+        _metadata(corrector, reader, facts),
+        {**_common(corrector, reader, facts), "recorded": False, "frozen": False}, template=TEMPLATE,
     )  # fmt: skip
+
+
+def _how_it_was_trained(arguments: Mapping[str, Any], *, frozen: bool) -> str:
+    if frozen and arguments.get("num_passages") == 0:
+        return "the latter trained on questions and answers without passages"
+    if frozen:
+        return "the latter trained on questions and answers with what the former finds, which stayed as it was"
+    if arguments.get("train_targets") is False:
+        return "trained on questions and answers with passages from a cache of embeddings, which were not trained"
+    return "trained on questions and answers with passages from a cache of embeddings that goes stale meanwhile"
+
+
+def _judged_once(record: RunRecord) -> RunRecord:
+    """Return the record of a run that left the retriever as it was: its index, encoded anew or not, is one."""
+    intervals = record.evaluation.get("intervals")
+    if not intervals:
+        return record
+    return replace(record, evaluation={**record.evaluation, "intervals": {"index": intervals["fresh"]}})
 
 
 def differences(record: RunRecord) -> str:

@@ -65,10 +65,11 @@ def results(record: RunRecord) -> str:
         [CONDITIONS.get(name, name), *(spread(found.get(metric)) for metric in metrics)]
         for name, found in intervals.items()
     ]
-    recovery = evaluation.get("recovery", {})
-    # Of answers it is told by condition.
-    recovery = recovery.get("corrected", recovery)
-    rows.append(["recovery, corrected", *(_percent(recovery.get(metric)) for metric in metrics)])
+    if "corrected" in intervals:
+        recovery = evaluation.get("recovery", {})
+        # Of answers it is told by condition.
+        recovery = recovery.get("corrected", recovery)
+        rows.append(["recovery, corrected", *(_percent(recovery.get(metric)) for metric in metrics)])
     return table(["", *(metric_name(one) for one in metrics)], rows)
 
 
@@ -97,7 +98,9 @@ def counts(record: RunRecord) -> str:
     if asked not in evaluation:
         return MISSING
     clean, total = evaluation.get(f"clean_{asked}"), evaluation[asked]
-    text = f"Means over {clean:,} clean {asked} of {total:,}, none of whose targets the corrector was fitted on"
+    text = f"Means over {clean:,} clean {asked} of {total:,}"
+    if "kind" in record.corrector:
+        text += ", none of whose targets the corrector was fitted on"
     rows, judged = _rows(record), arguments.get("judged_targets")
     if rows is None:
         return f"{text}."
@@ -176,6 +179,11 @@ def encoders(found: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     rows.append(["size", *(MISSING if one is None else str(one) for one in sizes)])
     return table(["", "old (the vectors there are)", "new (the queries to come)"], rows)
+
+
+def encoder(found: Mapping[str, Any]) -> str:
+    """Return an encoder that stayed as it was."""
+    return table(["", ""], [[words, _known(found, name)] for name, words in _FINGERPRINT.items()])
 
 
 def corrector(found: Mapping[str, Any]) -> str:

@@ -112,7 +112,8 @@ def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments)
     """Train, save, judge on the test split and write ``run.json`` and model card.
 
     Raises:
-        HFCorrectorError: If arguments or data do not fit together; before any work is done.
+        HFCorrectorError: If arguments or data do not fit together, before any work is done; see also
+            :func:`train_and_record`.
     """
     started, progress = time.time(), quieten(quiet=what.quiet or bool(args.disable_tqdm)) and is_main()
     args.disable_tqdm = not progress
@@ -124,8 +125,10 @@ def train_and_judge(what: WhatToRead, args: RetrievalAugmentedTrainingArguments)
     trainer.run_context = RunContext("rag-train", asked)
     trainer.hold_out(split)
 
+    options = reading_options(args, language=what.language)
+
     def judge() -> ReadingJudgement:
-        return judge_trained(trainer, split, options=reading_options(args, language=what.language))
+        return judge_trained(trainer, split, options=options)
 
     return train_and_record(trainer, judge, out, started=started)
 

@@ -65,7 +65,8 @@ def train_and_judge(
     """Train, save, judge on the test split and write ``run.json``.
 
     Raises:
-        HFCorrectorError: If arguments or data do not fit together; before any work is done.
+        HFCorrectorError: If arguments or data do not fit together, before any work is done; see also
+            :func:`train_and_record`.
     """
     started, progress = time.time(), quieten(quiet=what.quiet or bool(args.disable_tqdm)) and is_main()
     args.disable_tqdm = not progress

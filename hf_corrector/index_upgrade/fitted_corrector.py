@@ -148,21 +148,15 @@ class FittedCorrector:
     ) -> str:
         """Push the corrector with its notes; side features stay with the cache.
 
-        The notes hold the ids of the targets it was fitted on, by which queries can be told clean.
+        The notes hold the ids of the targets it was fitted on, by which queries can be told clean. All but ``card`` is
+        as in :meth:`CorrectorModel.push_to_hub`.
 
         Args:
-            repo_id: The repository, made if there is none.
+            repo_id: The repository.
             options: How to push.
             card: Its model card, see :func:`~hf_corrector.cards.card_of_run`; by default one of what the corrector says
                 of itself, which does not replace another.
-            settings: Fields of :class:`PushOptions` (``private``, ``create_pr``, ``revision``, ``commit_message``,
-                ``token``), handed to it whole.
-
-        Returns:
-            Address of the commit, or of the pull request.
-
-        Raises:
-            HubError: If the Hub cannot be reached or refuses.
+            settings: Fields of :class:`PushOptions`, handed to it whole.
         """
         options = replace(PushOptions() if options is None else options, **settings)
         pushed = Card(card_of_corrector(self.model.describe())) if card is None else Card(card, replaces=True)

@@ -202,18 +202,13 @@ class UpgradeReport:
     ) -> str:
         """Push the corrector with its model card; pairs, fresh vectors and ``run.json`` stay here.
 
+        All but ``facts`` is as in :meth:`CorrectorModel.push_to_hub`.
+
         Args:
-            repo_id: The repository, made if there is none.
+            repo_id: The repository.
             options: How to push.
             facts: What the card is to say that no run knows of itself: licence, data sets, languages.
-            settings: Fields of :class:`PushOptions` (``private``, ``create_pr``, ``revision``, ``commit_message``,
-                ``token``), handed to it whole.
-
-        Returns:
-            Address of the commit, or of the pull request.
-
-        Raises:
-            HubError: If the Hub cannot be reached or refuses.
+            settings: Fields of :class:`PushOptions`, handed to it whole.
         """
         card = card_of_run(self.record, facts)
         return self.corrector.push_to_hub(repo_id, options=options, card=card, **settings)

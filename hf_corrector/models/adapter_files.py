@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict
@@ -23,27 +22,17 @@ from torch import nn
 
 from hf_corrector._files import atomic_write, hash_strings, write_json
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.models.hub_files import ADAPTER_CONFIG_FILE, BASE_FILE
+from hf_corrector.models.hub_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, BASE_FILE
 from hf_corrector.models.sentence_transformers_format import read_repository_json
 from hf_corrector.models.towers import TowerSource, hash_tensors
 from hf_corrector.records import checked_fields
 
-ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_NAME = "default"
 # Of every name PEFT writes.
 PREFIX = "base_model.model."
 # Layers after pooling: small, and made at random where the encoder had none, so that they travel with the adapter.
 _HEADS = re.compile(r"(target_)?projection\.((base_layer|original_module)\.)?(weight|bias)")
 _WHOLE_MODELS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
-# Kinds of adapters that consist of layers and their weights, as of PEFT 0.21. Others fetch what their configuration
-# names, from anywhere and in any format: a model (SHADOW), other adapters (XLORA), a tokenizer or weights to start from
-# (prompts).
-_KINDS = frozenset({
-    "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA",
-    "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "POLY", "PSOFT",
-    "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA",
-    "WAVEFT",
-})  # fmt: skip
 # Fields of an adapter's configuration that say nothing of its vectors once it has weights.
 _SILENT_FIELDS = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version",
@@ -90,21 +79,22 @@ class BaseNote:
         write_json(folder / BASE_FILE, asdict(self))
 
     @classmethod
-    def load(cls, name: str, revision: str | None = None) -> BaseNote:
+    def load(cls, name: str, revision: str | None = None, *, subfolder: str = "") -> BaseNote:
         """Read from a folder or Hub repository.
 
         Raises:
             ConfigurationError: If there is none.
             InputError: If it is damaged.
         """
-        found = read_repository_json(name, BASE_FILE, revision)
+        file = f"{subfolder}/{BASE_FILE}" if subfolder else BASE_FILE
+        found = read_repository_json(name, file, revision)
         if found is None:
             raise ConfigurationError(
                 name, expected=f"an adapter with {BASE_FILE}, which says what is under it", got="one without",
                 cure="Load the model under it and call PeftModel.from_pretrained(model, folder); to write the file, "
                 "save with trainer.save_model() or dual_encoder_of(model).save_pretrained(folder).",
             )  # fmt: skip
-        where = f"{name}/{BASE_FILE}"
+        where = f"{name}/{file}"
         note = checked_fields(cls, found, where=where)
         origin = checked_fields(ModelOrigin, note["origin"], where=where)
         sources = tuple(TowerSource(**checked_fields(TowerSource, one, where=where)) for one in origin["sources"])
@@ -168,30 +158,6 @@ def hash_adapters(modules: Sequence[nn.Module | None], configs: dict[str, PeftCo
     if not lines:
         return None
     return hash_strings([*lines, *(f"{name} {describe_config(configs[name])}" for name in sorted(configs))])
-
-
-def check_kind(settings: Any, where: str) -> None:
-    """Refuse, before PEFT sees them, settings of an adapter that is more than layers and their weights.
-
-    Args:
-        settings: An adapter's configuration as JSON values, whoever wrote it.
-        where: What to call it in errors.
-
-    Raises:
-        ConfigurationError: If PEFT would fetch a model, a tokenizer or another adapter for it, or import a module.
-    """
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise ConfigurationError(
-            where, expected="an adapter of layers and their weights (LoRA and its kin)", got=f"one of type {kind!r}",
-            cure="Train another kind, or merge it into the model if it came from somebody you trust.",
-        )  # fmt: skip
-    # With it PEFT imports the module that megatron_core names.
-    if settings.get("megatron_config"):
-        raise ConfigurationError(
-            where, expected="no megatron_config, by which PEFT imports a module", got="one",
-            cure="Do not load this adapter; get it again from where it came.",
-        )  # fmt: skip
 
 
 def check_folder(folder: Path, *, adapted: bool) -> None:

@@ -16,10 +16,10 @@ from hf_corrector.models.adapter_files import (
     BaseNote,
     adapted_layers,
     check_folder,
-    check_kind,
     describe_config,
     hash_base,
 )
+from hf_corrector.models.adapter_kinds import check_kind
 from hf_corrector.models.hub_files import BASE_FILE
 from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.modeling_dual_encoder import CORRECTOR_FOLDER, DualEncoderModel

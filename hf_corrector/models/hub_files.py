@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from hf_corrector._files import read_json
 from hf_corrector._hub import PushOptions, Upload, fetch, push
 from hf_corrector._untrusted import check_files, inside
 from hf_corrector.errors import ConfigurationError, InputError
+from hf_corrector.models.foreign_configs import check_config
 from hf_corrector.records import FITTED_FILE, shareable
 
 CARD_FILE = "README.md"
@@ -26,12 +29,13 @@ GENERATION_FILE = "generation_config.json"
 UPGRADE_FILE = "upgrade.json"
 BASE_FILE = "base_model.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 # How a from_pretrained of transformers is told to open nothing else, to run no code, and to say what was missing.
 SAFELY = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
 _WHERE = ("revision", "cache_dir", "token", "local_files_only")
 _CONFIG = ("config.json", GENERATION_FILE)
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_ADAPTER = (ADAPTER_CONFIG_FILE, "adapter_model.safetensors", BASE_FILE)
+_ADAPTER = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, BASE_FILE)
 # Where a configuration says what it was loaded from; the second is that of an adapter.
 _NAMES = ("_name_or_path", "base_model_name_or_path")
 _TOKENIZER = (
@@ -60,14 +64,29 @@ class CheckedModel:
         folder: Where they lie on this machine.
         loading: By which arguments transformers loads each of its parts from where it came: those that were given, and
             for a repository the commit that was looked at.
+        subfolder: Folder of the model inside of both; empty for the root.
     """
 
     folder: Path
     loading: dict[str, Any]
+    subfolder: str = ""
 
-    def refuse_adapter(self, subfolder: str = "") -> None:
+    @property
+    def place(self) -> Path:
+        """Where the model lies on this machine."""
+        return self.folder / self.subfolder
+
+    def part(self, name: str) -> str:
+        """Return the subfolder of a part of the model."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def check_config(self, config_class: type[PreTrainedConfig]) -> None:
+        """Refuse a configuration that leads to code or pickles (InputError)."""
+        check_config(config_class.from_pretrained(self.place), str(self.place / "config.json"))
+
+    def refuse_adapter(self) -> None:
         """Refuse an adapter beside a whole model, which transformers would put on it (InputError)."""
-        path = self.folder / subfolder / ADAPTER_CONFIG_FILE
+        path = self.place / ADAPTER_CONFIG_FILE
         if path.exists():
             raise InputError(
                 str(path), expected="a whole model alone", got="an adapter beside it", cure="Take the adapter away."
@@ -88,6 +107,7 @@ def checked(name: str, patterns: tuple[str, ...], loading: Mapping[str, Any], *,
         InputError: If a file cannot be trusted; names it.
         HubError: If there is no such folder, and the Hub has no such repository or cannot be reached.
     """
+    subfolder = subfolder.strip("/")
     where = {key: loading[key] for key in _WHERE if loading.get(key) is not None}
     wanted = [f"{subfolder}/{one}" if subfolder else one for one in dict.fromkeys((*patterns, ADAPTER_CONFIG_FILE))]
     if Path(name).is_dir():
@@ -96,7 +116,7 @@ def checked(name: str, patterns: tuple[str, ...], loading: Mapping[str, Any], *,
         folder = fetch(name, wanted, **where)
         where["revision"] = folder.name
     check_files(folder, wanted)
-    return CheckedModel(folder, where)
+    return CheckedModel(folder, where, subfolder)
 
 
 @dataclass(frozen=True)

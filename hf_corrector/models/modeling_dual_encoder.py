@@ -119,7 +119,7 @@ class DualEncoderModel(TextEncodingMixin, StoredDualEncoder):
             normalize=config.normalize,
             role=role,
             compute_dtype=compute_dtype,
-            revision=getattr(config.encoder, "_commit_hash", None),
+            revision=None if self.origin is None else self.origin.sources[0].revision,
         )
 
     def save_as_sentence_transformer(self, path: str | Path) -> Path:

@@ -135,11 +135,20 @@ def _paths_by_kind(name: str, modules: list[dict[str, Any]]) -> dict[str, str]:
 
 def read_repository_json(name: str, file: str, revision: str | None) -> Any:
     """Read a JSON file of a model folder or of a Hub repository; None where there is none, or no way to reach it."""
+    path = repository_file(name, file, revision)
+    return None if path is None else read_json(path)
+
+
+def repository_file(name: str, file: str, revision: str | None) -> Path | None:
+    """Return where a file of a model folder or of a Hub repository lies; None where :func:`read_repository_json` does.
+
+    It is downloaded if need be.
+    """
     path = cached_file(
         name, file, revision=revision, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
-    return None if path is None else read_json(Path(path))
+    return None if path is None else Path(path)
 
 
 def _unsupported(name: str, what: str) -> ConfigurationError:

@@ -15,25 +15,26 @@ from hf_corrector._files import read_json
 from hf_corrector.cards import card_of_dual_encoder
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.adapter_files import (
-    ADAPTER_WEIGHTS_FILE,
     BaseNote,
     ModelOrigin,
     adapted_layers,
+    adapters_of,
     add_heads,
     base_tensors,
     check_folder,
-    check_kind,
     hash_base,
-    is_adapter,
     write_adapter,
 )
+from hf_corrector.models.adapter_kinds import check_kind
 from hf_corrector.models.configuration_dual_encoder import DualEncoderConfig, check_settings
 from hf_corrector.models.hub_files import (
     ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
     CORRECTOR_FOLDER,
     DUAL_ENCODER_FILES,
     SAFELY,
     TARGET_TOKENIZER_FOLDER,
+    CheckedModel,
     checked,
 )
 from hf_corrector.models.modeling_corrector import CorrectorModel
@@ -163,24 +164,29 @@ class StoredDualEncoder(PushedModel):
             ConfigurationError: If the checkpoint lacks weights, or the model under an adapter is not the one it was
                 trained on.
         """
-        found = checked(str(name), DUAL_ENCODER_FILES, kwargs)
-        revision = found.loading.get("revision")
-        if is_adapter(name, revision):
-            adapted = cast(Self, cls.load_adapter_on_base(name, **found.loading).get_base_model())
+        found = checked(str(name), DUAL_ENCODER_FILES, kwargs, subfolder=kwargs.get("subfolder", ""))
+        if (found.place / ADAPTER_CONFIG_FILE).is_file():
+            on_base = cls.load_adapter_on_base(name, subfolder=found.subfolder, **found.loading)
+            adapted = cast(Self, on_base.get_base_model())
             return adapted.to(kwargs["dtype"]) if "dtype" in kwargs else adapted
+        found.check_config(DualEncoderConfig)
         kwargs = {"dtype": torch.float32, **kwargs, **found.loading, **SAFELY}
         loaded: Any = super().from_pretrained(name, *args, **kwargs)
         model: Self = loaded[0]
         check_complete(name, model, loaded[1])
-        model._load_tokenizers(name, found.loading)
-        return model._loaded_from("dual_encoder", (TowerSource(str(name), revision),))
+        model._load_tokenizers(name, found)
+        source = TowerSource(str(name), found.loading.get("revision"), found.subfolder)
+        return model._loaded_from("dual_encoder", (source,))
 
     @classmethod
-    def load_adapter_on_base(cls, name: str, *, is_trainable: bool = False, **loading: Any) -> PeftModel:
+    def load_adapter_on_base(
+        cls, name: str, *, subfolder: str = "", is_trainable: bool = False, **loading: Any
+    ) -> PeftModel:
         """Make the model under an adapter again and put the adapter on it, with tokenizers and corrector.
 
         Args:
             name: Folder or Hub id of the adapter.
+            subfolder: Folder inside of it.
             is_trainable: Whether the adapter is to be trained further.
             loading: ``revision``, ``cache_dir``, ``token`` and ``local_files_only``, handed to each loader whole.
 
@@ -189,16 +195,17 @@ class StoredDualEncoder(PushedModel):
                 adapter that is more than layers and their weights.
             InputError: If a file cannot be trusted; names it.
         """
-        checked_files = checked(str(name), DUAL_ENCODER_FILES, loading)
-        if not (checked_files.folder / ADAPTER_WEIGHTS_FILE).is_file():
+        found = checked(str(name), DUAL_ENCODER_FILES, loading, subfolder=subfolder)
+        if not (found.place / ADAPTER_WEIGHTS_FILE).is_file():
             raise ConfigurationError(
                 str(name), expected=f"the weights of an adapter in {ADAPTER_WEIGHTS_FILE}", got="no such file",
                 cure="Save the adapter as safetensors, which PEFT does by itself; pickled weights are never loaded.",
             )  # fmt: skip
-        loading = checked_files.loading
-        check_kind(read_json(checked_files.folder / ADAPTER_CONFIG_FILE), f"{name}/{ADAPTER_CONFIG_FILE}")
-        note = BaseNote.load(name, loading.get("revision"))
-        config = DualEncoderConfig.from_pretrained(name, **loading)
+        loading = found.loading
+        check_kind(read_json(found.place / ADAPTER_CONFIG_FILE), f"{name}/{found.part(ADAPTER_CONFIG_FILE)}")
+        note = BaseNote.load(name, loading.get("revision"), subfolder=found.subfolder)
+        found.check_config(DualEncoderConfig)
+        config = DualEncoderConfig.from_pretrained(name, subfolder=found.subfolder, **loading)
         corrector_config, config.corrector = config.corrector, None
         model = cls._made_again(note.origin, config)
         if model.origin is None or model.origin.weights != note.origin.weights:
@@ -209,12 +216,12 @@ class StoredDualEncoder(PushedModel):
             )  # fmt: skip
         model.config = config
         model.corrector = None
-        model._load_tokenizers(name, loading)
+        model._load_tokenizers(name, found)
         adapted = PeftModel.from_pretrained(
-            model.to(getattr(torch, note.dtype)), name, is_trainable=is_trainable, **loading
+            model.to(getattr(torch, note.dtype)), name, is_trainable=is_trainable, subfolder=found.subfolder, **loading
         )
         if corrector_config is not None:
-            model.corrector = CorrectorModel.from_pretrained(name, subfolder=CORRECTOR_FOLDER, **loading)
+            model.corrector = CorrectorModel.from_pretrained(name, subfolder=found.part(CORRECTOR_FOLDER), **loading)
             config.corrector = model.corrector.config
         return adapted.train(is_trainable)
 
@@ -223,7 +230,8 @@ class StoredDualEncoder(PushedModel):
         """Load what was loaded before; ``config`` says what towers are made into."""
         first = origin.sources[0]
         if origin.kind == "dual_encoder":
-            return cls.from_pretrained(first.name, revision=first.revision, dtype=getattr(torch, origin.dtype))
+            where = {"revision": first.revision, "subfolder": first.subfolder}
+            return cls.from_pretrained(first.name, dtype=getattr(torch, origin.dtype), **where)
         target = None if config.target_encoder is None else origin.sources[-1].load_weights(config.target_encoder)
         model = cls(config, first.load_weights(config.encoder), target)
         return model._loaded_from(origin.kind, origin.sources)
@@ -239,11 +247,13 @@ class StoredDualEncoder(PushedModel):
         found = (tensor.dtype for _, tensor in base_tensors(self.encoder) if tensor.is_floating_point())
         return str(next(found)).removeprefix("torch.")
 
-    def _load_tokenizers(self, name: str, loading: dict[str, Any]) -> None:
-        loading = {**loading, "trust_remote_code": False}
-        self.tokenizer = self.target_tokenizer = AutoTokenizer.from_pretrained(name, **loading)
+    def _load_tokenizers(self, name: str, found: CheckedModel) -> None:
+        loading = {**found.loading, "trust_remote_code": False}
+        self.tokenizer = AutoTokenizer.from_pretrained(name, subfolder=found.subfolder, **loading)
+        self.target_tokenizer = self.tokenizer
         if self.separate_target_encoder is not None:
-            self.target_tokenizer = AutoTokenizer.from_pretrained(name, subfolder=TARGET_TOKENIZER_FOLDER, **loading)
+            of_targets = found.part(TARGET_TOKENIZER_FOLDER)
+            self.target_tokenizer = AutoTokenizer.from_pretrained(name, subfolder=of_targets, **loading)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Save weights, configuration, tokenizers and, under ``corrector/``, the corrector for use by itself.
@@ -256,7 +266,8 @@ class StoredDualEncoder(PushedModel):
             kwargs: Handed to transformers' ``save_pretrained``.
 
         Raises:
-            ConfigurationError: If the folder holds an adapter and this is a whole model, or the other way round.
+            ConfigurationError: If the folder holds an adapter and this is a whole model, or the other way round; or if
+                the adapter came with the encoder.
         """
         if kwargs.get("push_to_hub"):
             raise ConfigurationError(
@@ -265,6 +276,12 @@ class StoredDualEncoder(PushedModel):
             )  # fmt: skip
         folder, is_main = Path(save_directory), kwargs.get("is_main_process", True)
         if adapted_layers(self):
+            if not adapters_of(self):
+                raise ConfigurationError(
+                    "save_pretrained", expected="an adapter on the whole dual encoder", got="one inside of a tower",
+                    cure="Put it on the encoder with PeftModel.from_pretrained, call merge_and_unload(), save that "
+                    "with its tokenizer, and make the dual encoder from that folder.",
+                )  # fmt: skip
             if is_main:
                 check_folder(folder, adapted=True)
                 write_adapter(folder, self)

@@ -49,9 +49,9 @@ class StoredCorrector(PushedModel):
             ValueError: If the weights are not those of a corrector of that configuration.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        subfolder = kwargs.get("subfolder", "")
-        found = checked(str(name), CORRECTOR_FILES, kwargs, subfolder=subfolder)
-        found.refuse_adapter(subfolder)
+        found = checked(str(name), CORRECTOR_FILES, kwargs, subfolder=kwargs.get("subfolder", ""))
+        found.refuse_adapter()
+        found.check_config(cls.config_class)
         loaded: Any = super().from_pretrained(name, *args, **{**kwargs, **found.loading, **SAFELY})
         model, info = loaded
         if info["missing_keys"] or info["unexpected_keys"]:

@@ -25,7 +25,11 @@ from transformers.utils import logging
 
 from hf_corrector._files import hash_strings
 from hf_corrector.errors import ConfigurationError
+from hf_corrector.models.adapter_kinds import check_kind
 from hf_corrector.models.configuration_dual_encoder import DROPOUT_FIELDS
+from hf_corrector.models.foreign_configs import check_config
+from hf_corrector.models.hub_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from hf_corrector.models.sentence_transformers_format import read_repository_json, repository_file
 
 _NO_LIMIT = 2**31 - 1
 
@@ -53,10 +57,10 @@ class TowerSource:
     num_hidden_layers: int | None = None
 
     def pinned(self) -> TowerSource:
-        """Return the same at the commit that was downloaded, so far as the Hub's default cache knows it."""
+        """Return the same at the commit that was downloaded, so far as the Hub's cache knows it; a folder has none."""
         file = f"{self.subfolder}/config.json" if self.subfolder else "config.json"
         if Path(self.name).exists():
-            return self
+            return replace(self, revision=None)
         found = try_to_load_from_cache(self.name, file, revision=self.revision)
         return replace(self, revision=Path(found).parts[-2 - file.count("/")]) if isinstance(found, str) else self
 
@@ -65,11 +69,13 @@ class TowerSource:
 
         Raises:
             ConfigurationError: If there are fewer layers than asked for.
+            InputError: If it leads to code or pickles.
             OSError: If transformers does not find the model.
         """
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             self.name, revision=self.revision, subfolder=self.subfolder, trust_remote_code=False
         )
+        check_config(config, f"configuration of {self.name}")
         if self.num_hidden_layers is not None:
             text_config = config.get_text_config()
             if not 1 <= self.num_hidden_layers <= text_config.num_hidden_layers:
@@ -88,23 +94,56 @@ class TowerSource:
         return tokenizer
 
     def load_weights(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """Load the weights in float32 into a tower of that configuration.
+        """Load the weights in float32 into a tower of that configuration, with an adapter that lies beside them.
 
         Raises:
-            ConfigurationError: If the checkpoint lacks weights, which transformers would fill with random numbers.
+            ConfigurationError: If the checkpoint lacks weights, which transformers would fill with random numbers; or
+                of an adapter, see :meth:`check_adapter`.
         """
+        # What is looked at is what is loaded, whatever is pushed meanwhile.
+        source = self.pinned()
+        source.check_adapter()
         # The report of unused weights is expected here (heads, poolers, layers cut off); missing ones are an error.
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
             tower, info = _auto_class(config).from_pretrained(
-                self.name, config=config, revision=self.revision, subfolder=self.subfolder, dtype=torch.float32,
+                source.name, config=config, revision=source.revision, subfolder=source.subfolder, dtype=torch.float32,
                 output_loading_info=True, use_safetensors=True, trust_remote_code=False, **build_kwargs(config),
             )  # fmt: skip
         finally:
             logging.set_verbosity(verbosity)
         check_complete(self.name, tower, info)
         return tower
+
+    def check_adapter(self) -> None:
+        """Refuse an adapter beside the weights that transformers should not put on them, which it does unasked.
+
+        It must be of layers and their weights, in safetensors, and of the weights beside it: in a repository, and where
+        the root of a folder has no configuration, transformers (5.23) loads the model that the adapter names instead.
+
+        Raises:
+            ConfigurationError: Naming the file, before anything is loaded.
+        """
+        for folder in dict.fromkeys(("", self.subfolder)):
+            prefix = f"{folder}/" if folder else ""
+            settings = read_repository_json(self.name, prefix + ADAPTER_CONFIG_FILE, self.revision)
+            if settings is None:
+                continue
+            where = f"{self.name}/{prefix}{ADAPTER_CONFIG_FILE}"
+            check_kind(settings, where)
+            base = settings.get("base_model_name_or_path")
+            if base != self.name and not (Path(self.name) / "config.json").exists():
+                raise ConfigurationError(
+                    where, expected=f"an adapter of {self.name} itself", got=f"one of {base!r}",
+                    cure="Put it on the model it belongs to, call merge_and_unload(), save that and name its folder.",
+                )  # fmt: skip
+            if repository_file(self.name, prefix + ADAPTER_WEIGHTS_FILE, self.revision) is None:
+                raise ConfigurationError(
+                    where, expected=f"the adapter's weights beside it, in {ADAPTER_WEIGHTS_FILE}", got="no such file",
+                    cure="Save the adapter as safetensors, which PEFT does by itself, or take it away; pickled weights "
+                    "are never loaded.",
+                )  # fmt: skip
 
 
 def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.models.adapter_files import ADAPTER_NAME, adapted_layers, check_kind
+from hf_corrector.models.adapter_files import ADAPTER_NAME, adapted_layers
+from hf_corrector.models.adapter_kinds import check_kind
 
 
 def without_wrapper(part: Any, name: str) -> tuple[Any, dict[str, Any] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -72,8 +73,11 @@ class RetrievalAugmentedConfig(PreTrainedConfig):
     def describe_reader(self) -> dict[str, Any]:
         """Return what a run's record and a model card say of the reader, as JSON values."""
         named = self.generator.encoder if self.generator.model_type == "encoder-decoder" else self.generator
+        # Of a folder the last part alone, as "models/reader" would be taken for a repository of the Hub.
+        name = str(named.name_or_path)
         return {
-            "reader_name": named.name_or_path, "reader_type": self.generator.model_type, "reader_prompt": self.prompt,
+            "reader_name": Path(name).name if Path(name).is_dir() else name,
+            "reader_type": self.generator.model_type, "reader_prompt": self.prompt,
             "reader_max_length": self.reader_max_length, "answer_max_length": self.answer_max_length,
         }  # fmt: skip
 

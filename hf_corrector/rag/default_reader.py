@@ -53,11 +53,14 @@ def default_reader(
 
     Raises:
         MissingDependencyError: If the demo's encoder is asked for and not installed.
-        ConfigurationError: If the encoder cannot be a decoder, has too few layers, or its tokenizer lacks tokens.
+        ConfigurationError: If the encoder cannot be a decoder, has too few layers, or its tokenizer lacks tokens; or
+            of an adapter beside it, see :meth:`TowerSource.check_adapter`.
         OSError: If transformers does not find the encoder.
     """
     source = TowerSource(str(demo_encoder()) if name is None else name, num_hidden_layers=num_hidden_layers)
     config = source.load_config()
+    source = source.pinned()
+    source.check_adapter()
     _check_can_decode(source.name, config)
     tokenizer = _reader_tokenizer(source)
     with torch.random.fork_rng(devices=[]):

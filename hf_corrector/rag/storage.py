@@ -23,6 +23,7 @@ from transformers import (
 from hf_corrector.cards import card_of_retrieval_augmented
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.adapter_files import is_adapter
+from hf_corrector.models.foreign_configs import check_config
 from hf_corrector.models.hub_files import (
     CORRECTOR_FOLDER,
     GENERATION_FILE,
@@ -61,6 +62,7 @@ def load_reader(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     Raises:
         ConfigurationError: If there is an adapter with it, which transformers would put on it, even out of a pickle.
+        InputError: If its configuration leads to code or pickles.
         OSError: If transformers does not find it, or its weights are no safetensors.
     """
     if is_adapter(name):
@@ -69,8 +71,9 @@ def load_reader(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             cure="Put it on with PeftModel.from_pretrained(reader, name), and call from_parts with what that returns.",
         )  # fmt: skip
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    check_config(config, f"configuration of {name}")
     reader: PreTrainedModel = generator_class(config).from_pretrained(
-        name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return reader, tokenizer
@@ -181,19 +184,20 @@ class StoredRetrievalAugmentedModel(PushedModel):
             HubError: If there is no such folder or repository.
             ConfigurationError: If the checkpoint lacks weights.
         """
-        found = checked(str(name), RETRIEVAL_AUGMENTED_FILES, kwargs)
+        found = checked(str(name), RETRIEVAL_AUGMENTED_FILES, kwargs, subfolder=kwargs.get("subfolder", ""))
         found.refuse_adapter()
+        found.check_config(RetrievalAugmentedConfig)
         kwargs = {"dtype": torch.float32, **kwargs, **found.loading, **SAFELY}
         loaded: Any = super().from_pretrained(name, *args, **kwargs)
         model: Self = loaded[0]
         check_complete(name, model, loaded[1])
         model.restore_trainable()
-        if (found.folder / GENERATION_FILE).is_file():
-            model.generator.generation_config = GenerationConfig.from_pretrained(found.folder)
+        if (found.place / GENERATION_FILE).is_file():
+            model.generator.generation_config = GenerationConfig.from_pretrained(found.place)
 
         def tokenizer(folder: str) -> PreTrainedTokenizerBase:
             tokens: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                name, subfolder=folder, trust_remote_code=False, **found.loading
+                name, subfolder=found.part(folder), trust_remote_code=False, **found.loading
             )
             return tokens
 
