@@ -26,6 +26,7 @@ from transformers.utils import logging
 from hf_corrector._files import hash_strings
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.configuration_dual_encoder import DROPOUT_FIELDS
+from hf_corrector.models.whole_weights import whole_tensor
 
 _NO_LIMIT = 2**31 - 1
 
@@ -188,11 +189,14 @@ def pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> to
 
 
 def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hash tensors in the order given, names, dtypes and shapes included, to 32 hexadecimal digits."""
+    """Hash tensors in the order given, names, dtypes and shapes included, to 32 hexadecimal digits.
+
+    Where they are in shards over processes every process must call it.
+    """
     state = xxhash.xxh3_128()
     for name, tensor in named:
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous()
+        data = whole_tensor(tensor).cpu().contiguous()
         state.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
