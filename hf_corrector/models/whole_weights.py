@@ -23,7 +23,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor without gradient, gathered from all processes where it is in shards: all of them must call it."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return cast(DTensor, tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def in_shards(module: nn.Module) -> bool:

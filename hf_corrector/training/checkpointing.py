@@ -31,7 +31,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -103,6 +103,16 @@ def remove_old_checkpoints(output_dir: Path, newest: Path, *, limit: int | None,
         remove_folder(folder)
 
 
+def _check_optimizer_file(folder: Path, *, sharded: bool) -> None:
+    """Refuse a checkpoint whose optimiser was saved the other way, by name instead of by position or the reverse."""
+    own, other = (OPTIMIZER_NAME_BIN, OPTIMIZER_NAME) if sharded else (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)
+    if (folder / other).exists() and not (folder / own).exists():
+        raise CheckpointError(
+            str(folder), expected=f"{own}, the optimiser of a run {'with' if sharded else 'without'} FSDP", got=other,
+            cure="Resume by the launcher and configuration the run was started with.",
+        )  # fmt: skip
+
+
 class CheckpointingTrainer(Trainer):
     """A Trainer whose checkpoints carry extra state and are known to be complete."""
 
@@ -143,8 +153,10 @@ class CheckpointingTrainer(Trainer):
                     cure="Train without resume_from_checkpoint.",
                 )  # fmt: skip
             resume_from_checkpoint = str(newest)
-        if self.is_fsdp_enabled and resume_from_checkpoint:
-            self._load_before_sharding(str(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            _check_optimizer_file(Path(str(resume_from_checkpoint)), sharded=self.is_fsdp_enabled)
+            if self.is_fsdp_enabled:
+                self._load_before_sharding(str(resume_from_checkpoint))
         with naming_failures(lambda: f"training after step {self.state.global_step}"):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -226,11 +238,11 @@ class CheckpointingTrainer(Trainer):
         save_fsdp_optimizer(
             self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
         )
-        if self.args.should_save:
+        if self.args.should_save and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_before_sharding(self, folder: str) -> None:
-        if in_shards(self.model):
+        if self.model is not None and in_shards(self.model):
             raise ConfigurationError(
                 "resume_from_checkpoint", expected="a trainer that has not trained yet, with FSDP",
                 got="one whose model is in shards", cure="Make model and trainer anew.",

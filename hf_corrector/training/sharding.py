@@ -6,8 +6,8 @@ Read against accelerate 1.15 and torch 2.13. What differs from DDP, and why:
   reranking step, processes encode different numbers of batches, so weights are gathered before, see
   :mod:`hf_corrector.models.whole_weights`.
 * The corrector is in no shard: it is small, every process draws by it, and its own optimiser fits it.
-* accelerate puts no autocast around a sharded model and has everything returned in the type of the weights; here the
-  weights are gathered in bfloat16, and sums, gradients and losses are as under DDP.
+* bfloat16 is autocast's, as under DDP, with weights gathered in float32. accelerate would round the weights themselves
+  and all that modules return: the vectors of a step would then not be those of the cache, nor of the saved model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, StateDictType
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from hf_corrector.training.cache_arguments import CacheTrainingArguments as Arguments
 
 CONFIG = "examples/accelerate/fsdp2.yaml"
-_INSTEAD = "Start with examples/accelerate/ddp.yaml, and use mini_batch_size or an adapter of PEFT."
+_INSTEAD = "Start with examples/accelerate/ddp.yaml; mini_batch_size or an adapter of PEFT saves memory, too."
 
 
 def asks_for_shards(args: Arguments) -> bool:
@@ -46,11 +47,12 @@ def check_sharding(args: Arguments) -> None:
     if args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         # accelerate would make DDP of it, or nothing, without a word.
         got = "CPUs" if args.device.type == "cpu" else "one process"
-        _refuse("fsdp", "several accelerators, one for each process", got, _INSTEAD)
+        _refuse("FSDP", "several accelerators, one for each process", got, _INSTEAD)
     plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
     wrong = {
         "fsdp_state_dict_type": (
-            plugin.state_dict_type != StateDictType.FULL_STATE_DICT, "FULL_STATE_DICT, so that saved models can be loaded"
+            plugin.state_dict_type != StateDictType.FULL_STATE_DICT,
+            "FULL_STATE_DICT, so that saved models can be loaded",
         ),
         "fsdp_cpu_ram_efficient_loading": (
             plugin.cpu_ram_efficient_loading, "false, as every process encodes its part of the first cache"
@@ -61,10 +63,11 @@ def check_sharding(args: Arguments) -> None:
         "fsdp_activation_checkpointing": (
             plugin.activation_checkpointing, "false; use mini_batch_size, which keeps no activations either"
         ),
+        "fsdp_auto_wrap_policy": (plugin.auto_wrap_policy is size_based_auto_wrap_policy, "TRANSFORMER_BASED_WRAP"),
         "fp16": (args.fp16, "bf16=True or float32"),
         "mixed_precision": (
             args.mixed_precision != ("bf16" if args.bf16 else "no"),
-            "what the training arguments say; set mixed_precision: \"no\" for the launcher and bf16=True for the training"
+            "'no' for the launcher, as the training arguments say it (bf16=True)",
         ),
         "torch_compile": (args.torch_compile, "False with FSDP"),
         "load_best_model_at_end": (
@@ -79,7 +82,7 @@ def check_sharding(args: Arguments) -> None:
 def refuse_shards(args: Arguments, what: str) -> None:
     """Refuse FSDP of any version for what does not work with it (ConfigurationError)."""
     if asks_for_shards(args):
-        _refuse("fsdp", f"DistributedDataParallel: {what} is not done with weights in shards", "FSDP", _INSTEAD)
+        _refuse("FSDP", f"DistributedDataParallel: {what} is not done with weights in shards", "FSDP", _INSTEAD)
 
 
 def _refuse(name: str, expected: str, got: str, cure: str) -> None:
@@ -102,8 +105,7 @@ def prepare_sharding(accelerator: Accelerator, model: torch.nn.Module, encoder: 
     encoder.prepare_for_shards()
     if encoder.corrector is not None:
         plugin.ignored_modules = [encoder.corrector]
-    if accelerator.mixed_precision == "bf16":
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = layers_to_shard(encoder)
 
@@ -115,8 +117,9 @@ def layers_to_shard(encoder: DualEncoderModel) -> list[str]:
     too, and fails where they lie in shards already.
     """
     table = encoder.get_input_embeddings()
-    around = {type(one).__name__ for one in encoder.modules() if one is not table and table in one.modules()}
-    here = {type(one).__name__ for one in encoder.modules()}
+    every = list(encoder.modules())
+    around = {type(one).__name__ for one in every if any(child is table for child in one.modules())}
+    here = {type(one).__name__ for one in every}
     return sorted(set(encoder._no_split_modules or ()) & here - around)
 
 
