@@ -16,9 +16,9 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import accelerate
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, compare_versions
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, StateDictType
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
@@ -48,35 +48,45 @@ def check_sharding(args: Arguments) -> None:
         # accelerate would make DDP of it, or nothing, without a word.
         got = "CPUs" if args.device.type == "cpu" else "one process"
         _refuse("FSDP", "several accelerators, one for each process", got, _INSTEAD)
+    if compare_versions("accelerate", "<", "1.15") or compare_versions("torch", "<", "2.7"):
+        got = f"accelerate {accelerate.__version__} and torch {torch.__version__}"
+        _refuse("FSDP", "accelerate 1.15 and torch 2.7, which can leave a corrector out", got, "Update them.")
+    for name, (wrong, expected, got) in _settings(args).items():
+        if wrong:
+            _refuse(name, f"{expected}, with FSDP", got, f"Start with {CONFIG}, or without FSDP.")
+
+
+def _settings(args: Arguments) -> dict[str, tuple[bool, str, str]]:
+    """Return settings by name: whether it is wrong, what it may be, and what it is."""
     plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
-    wrong = {
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    return {
         "fsdp_state_dict_type": (
             plugin.state_dict_type != StateDictType.FULL_STATE_DICT,
-            "FULL_STATE_DICT, so that saved models can be loaded",
+            "FULL_STATE_DICT, so that what is saved can be loaded", plugin.state_dict_type.name,
         ),
         "fsdp_cpu_ram_efficient_loading": (
-            plugin.cpu_ram_efficient_loading, "false, as every process encodes its part of the first cache"
+            plugin.cpu_ram_efficient_loading, "false, as every process encodes its part of the first cache", "true"
         ),
         "fsdp_offload_params": (
-            isinstance(plugin.cpu_offload, CPUOffloadPolicy), "false, as weights are gathered where they compute"
+            isinstance(plugin.cpu_offload, CPUOffloadPolicy), "false, as weights are gathered where they are", "true"
         ),
         "fsdp_activation_checkpointing": (
-            plugin.activation_checkpointing, "false; use mini_batch_size, which keeps no activations either"
+            plugin.activation_checkpointing, "false, and mini_batch_size, which keeps no activations either", "true"
         ),
-        "fsdp_auto_wrap_policy": (plugin.auto_wrap_policy is size_based_auto_wrap_policy, "TRANSFORMER_BASED_WRAP"),
-        "fp16": (args.fp16, "bf16=True or float32"),
+        "fsdp_auto_wrap_policy": (
+            plugin.auto_wrap_policy is size_based_auto_wrap_policy, "TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP"
+        ),
+        "precision": (args.fp16, "bf16=True or float32", "fp16=True"),
         "mixed_precision": (
-            args.mixed_precision != ("bf16" if args.bf16 else "no"),
-            "'no' for the launcher, as the training arguments say it (bf16=True)",
+            args.mixed_precision != precision, f"'no' or {precision!r} for the launcher, as the arguments say",
+            repr(args.mixed_precision),
         ),
-        "torch_compile": (args.torch_compile, "False with FSDP"),
+        "torch_compile": (args.torch_compile, "False", "True"),
         "load_best_model_at_end": (
-            args.load_best_model_at_end, "False; trainer.state.best_model_checkpoint names the folder to load"
+            args.load_best_model_at_end, "False; trainer.state.best_model_checkpoint names the folder to load", "True"
         ),
     }  # fmt: skip
-    for name, (is_wrong, expected) in wrong.items():
-        if is_wrong:
-            _refuse(name, f"with FSDP: {expected}", "another setting", f"Compare {CONFIG}.")
 
 
 def refuse_shards(args: Arguments, what: str) -> None:
@@ -89,7 +99,7 @@ def _refuse(name: str, expected: str, got: str, cure: str) -> None:
     raise ConfigurationError(name, expected=expected, got=got, cure=cure)
 
 
-def prepare_sharding(accelerator: Accelerator, model: torch.nn.Module, encoder: DualEncoderModel) -> None:
+def prepare_sharding(accelerator: accelerate.Accelerator, model: torch.nn.Module, encoder: DualEncoderModel) -> None:
     """Make a model ready for accelerate to put it in shards; nothing is done where it will not be.
 
     Args:

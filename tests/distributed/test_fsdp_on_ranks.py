@@ -184,6 +184,7 @@ def resume_otherwise(encoder: str, data: RetrievalData, out: Path, sharded: bool
 
 REFUSED: list[tuple[dict[str, str], dict[str, Any], str]] = [
     ({"FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
+    ({}, {"torch_compile": True}, "torch_compile"),
     ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "FULL_STATE_DICT"),
     ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading"),
     ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params"),
