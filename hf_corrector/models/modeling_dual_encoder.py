@@ -23,7 +23,7 @@ from hf_corrector.models.sentence_transformers_export import save_dual_encoder
 from hf_corrector.models.storage import StoredDualEncoder
 from hf_corrector.models.text_encoding import Role, TextEncodingMixin, Tokens
 from hf_corrector.models.towers import hash_architecture, hash_modules, hash_tokenizer, pool, tower_from_config
-from hf_corrector.models.whole_weights import WeightlessCopy, with_whole_weights
+from hf_corrector.models.whole_weights import WeightlessCopy, refuse_shards, with_whole_weights
 from hf_corrector.records import EncoderFingerprint
 
 __all__ = ["CORRECTOR_FOLDER", "TARGET_TOKENIZER_FOLDER", "DualEncoderModel", "DualEncoderOutput", "SampledTargets"]
@@ -152,9 +152,10 @@ class DualEncoderModel(TextEncodingMixin, StoredDualEncoder):
             The folder.
 
         Raises:
-            ConfigurationError: If the folder holds something, or the model carries an adapter.
+            ConfigurationError: If the folder holds something, or the model carries an adapter or is in shards.
             MissingDependencyError: If sentence-transformers is not installed.
         """
+        refuse_shards(self, "save_as_sentence_transformer")
         return save_dual_encoder(self, path)
 
     # ------------------------------------------------------------------ training

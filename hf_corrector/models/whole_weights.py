@@ -31,6 +31,15 @@ def in_shards(module: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in module.parameters())
 
 
+def refuse_shards(module: nn.Module, what: str) -> None:
+    """Refuse to write a module of which this process holds a part only (ConfigurationError)."""
+    if in_shards(module):
+        raise ConfigurationError(
+            what, expected="whole weights", got="weights in shards over processes (FSDP)",
+            cure="Call trainer.save_model(folder) in every process, and load that folder.",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class WeightlessCopy:
     """A model without its weights, taken before they were dealt out: torch copies no module that is in shards.

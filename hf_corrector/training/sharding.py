@@ -89,7 +89,7 @@ def _settings(args: Arguments) -> dict[str, tuple[bool, str, str]]:
     }  # fmt: skip
 
 
-def refuse_shards(args: Arguments, what: str) -> None:
+def refuse_sharding(args: Arguments, what: str) -> None:
     """Refuse FSDP of any version for what does not work with it (ConfigurationError)."""
     if asks_for_shards(args):
         _refuse("FSDP", f"DistributedDataParallel: {what} is not done with weights in shards", "FSDP", _INSTEAD)

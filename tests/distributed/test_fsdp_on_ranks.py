@@ -20,12 +20,13 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import Dataset
 from process_helpers import run_on_ranks
 from test_training_on_ranks import ATTENTION, WORDS, trainer_of, vectors_of
+from torch.distributed.fsdp import fully_shard
 
 from hf_corrector.data.pairs import from_pairs
 from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.errors import CheckpointError, ConfigurationError
 from hf_corrector.models import DualEncoderModel
-from hf_corrector.models.whole_weights import in_shards, with_whole_weights
+from hf_corrector.models.whole_weights import in_shards
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 
@@ -219,16 +220,21 @@ def test_settings_of_fsdp_that_cannot_work_are_refused_before_any_work(tmp_path:
         assert expected in message
 
 
-def foreign_shards(encoder: str) -> str:
-    from torch.distributed.fsdp import fully_shard
-
-    model = DualEncoderModel.from_encoder(encoder)
+def foreign_shards(encoder: str, out: Path) -> list[str]:
+    model, found = DualEncoderModel.from_encoder(encoder), []
     fully_shard(model)
-    with pytest.raises(ConfigurationError) as caught:
-        with_whole_weights(model, None)
-    return str(caught.value)
+    for act in (
+        lambda: model.encode_query("one"), lambda: model.save_pretrained(str(out)),
+        lambda: model.save_as_sentence_transformer(out),
+    ):  # fmt: skip
+        with pytest.raises(ConfigurationError) as caught:
+            act()
+        found.append(str(caught.value))
+    return found
 
 
-def test_shards_of_other_origin_are_named(tiny_encoder: str) -> None:
-    (message,) = run_on_ranks(foreign_shards, 1, tiny_encoder)
-    assert "other origin" in message
+def test_models_in_shards_of_other_origin_neither_encode_nor_save_parts(tiny_encoder: str, tmp_path: Path) -> None:
+    (found,) = run_on_ranks(foreign_shards, 1, tiny_encoder, tmp_path)
+    for message, expected in zip(found, ("other origin", "save_model", "save_model"), strict=True):
+        assert expected in message
+    assert not list(tmp_path.iterdir())
