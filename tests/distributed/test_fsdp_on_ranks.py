@@ -77,6 +77,8 @@ def train(encoder: str, data: RetrievalData, out: Path, changes: dict[str, Any],
     trainer.train()
     trainer.save_model()
     assert in_shards(trainer.encoder) == sharded
+    corrector = trainer.encoder.corrector
+    assert corrector is None or not in_shards(corrector)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     live = trainer.live_cache
     own = [getattr(weight, "_local_tensor", weight) for weight in trainer.encoder.parameters()]
