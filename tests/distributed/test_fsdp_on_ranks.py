@@ -34,6 +34,8 @@ CONFIG = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
 VARIANTS: dict[str, dict[str, Any]] = {
     "corrector": {},
     "kernel and tokens, refreshed": {"corrector_kind": "kernel", "corrector_side": "tokens", "refresh_steps": "2"},
+    # Of all correctors this one alone has parameters, which must lie in no shard.
+    "network": {"corrector_kind": "residual_mlp"},
     "refresh": {"staleness": "refresh", "refresh_steps": "2"},
     "rerank, accumulated mini-batches": {
         "staleness": "rerank",
