@@ -338,6 +338,8 @@ def encode_rows(
     # Longest first, and each as large as the budget allows: some of the batches are cut into just these batches again.
     dealt = [np.concatenate([_NO_ROWS, *batches[one :: world_size()]]) for one in range(world_size())]
     own, error, encoded = rows[dealt[rank()]], None, torch.empty(0, model.config.embedding_dim)
+    # Gathered where it is in shards before any process can fail by itself.
+    model = model.whole()
     try:
         encoded = _encode_here(model, tokens, own, role=role, options=options, bar=bar)
     except Exception as caught:  # told to the others, who would wait for this process, and raised again

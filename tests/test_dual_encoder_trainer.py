@@ -677,7 +677,8 @@ def test_reranking_encodes_candidates_and_counts_them(
     [
         ({"fp16": True}, "GPU"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "(?i)deepspeed"),
-        ({"fsdp": True}, "FSDP"),
+        ({"fsdp": True}, "FSDP: expected several accelerators.*got CPUs"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "fsdp_version: 2"),
         ({"staleness": "rerank", "negatives": "uniform"}, "ignore"),
         ({"train_targets": False}, "do not go stale"),
         ({"absolute_margin": 0.1, "negatives": "uniform"}, "softmax"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from hf_corrector.models.sentence_transformers_export import save_dual_encoder
 from hf_corrector.models.storage import StoredDualEncoder
 from hf_corrector.models.text_encoding import Role, TextEncodingMixin, Tokens
 from hf_corrector.models.towers import hash_architecture, hash_modules, hash_tokenizer, pool, tower_from_config
+from hf_corrector.models.whole_weights import WeightlessCopy, refuse_shards, with_whole_weights
 from hf_corrector.records import EncoderFingerprint
 
 __all__ = ["CORRECTOR_FOLDER", "TARGET_TOKENIZER_FOLDER", "DualEncoderModel", "DualEncoderOutput", "SampledTargets"]
@@ -36,6 +37,7 @@ class DualEncoderModel(TextEncodingMixin, StoredDualEncoder):
         target_tokenizer: Tokenizer of targets.
         corrector: The corrector trained along, or None.
         origin: What it was loaded from, by which a model under an adapter is made again; None if it was not.
+        weightless: The model without its weights, once it is about to be put in shards over processes (FSDP2).
     """
 
     config: DualEncoderConfig
@@ -65,6 +67,7 @@ class DualEncoderModel(TextEncodingMixin, StoredDualEncoder):
         self.corrector = None if config.corrector is None else CorrectorModel(config.corrector)
         self.tokenizer = self.target_tokenizer = None
         self.origin = None
+        self.weightless: WeightlessCopy | None = None
         self.post_init()
 
     def _projection(self, tower: PreTrainedModel) -> nn.Linear | None:
@@ -97,8 +100,21 @@ class DualEncoderModel(TextEncodingMixin, StoredDualEncoder):
         """The target tower, which is the query tower where they are shared."""
         return self.encoder if self.separate_target_encoder is None else self.separate_target_encoder
 
+    def prepare_for_shards(self) -> None:
+        """Remember the model's form, so that it can encode between the steps of a run that puts it in shards."""
+        shared = (self.config, self.tokenizer, self.target_tokenizer, self.corrector, self.origin)
+        self.weightless = None
+        self.weightless = WeightlessCopy.of(self, shared)
+
+    def whole(self) -> Self:
+        """Return the model itself, or a copy with whole weights where it is in shards: all processes must call this."""
+        return with_whole_weights(self, self.weightless)
+
     def fingerprint(self, role: Role, *, compute_dtype: str = "float32") -> EncoderFingerprint:
-        """Return everything that changes the vectors of one role; see :class:`EncoderFingerprint`."""
+        """Return everything that changes the vectors of one role; see :class:`EncoderFingerprint`.
+
+        Of a model in shards it must be asked for by all processes.
+        """
         config, is_query = self.config, role == "query"
         tower = self.encoder if is_query else self.target_encoder
         head = self.projection if is_query or self.target_projection is None else self.target_projection
@@ -136,9 +152,10 @@ class DualEncoderModel(TextEncodingMixin, StoredDualEncoder):
             The folder.
 
         Raises:
-            ConfigurationError: If the folder holds something, or the model carries an adapter.
+            ConfigurationError: If the folder holds something, or the model carries an adapter or is in shards.
             MissingDependencyError: If sentence-transformers is not installed.
         """
+        refuse_shards(self, "save_as_sentence_transformer")
         return save_dual_encoder(self, path)
 
     # ------------------------------------------------------------------ training

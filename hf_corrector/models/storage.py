@@ -41,6 +41,7 @@ from hf_corrector.models.modeling_corrector import CorrectorModel
 from hf_corrector.models.pushed_model import PushedModel
 from hf_corrector.models.sentence_transformers_format import SentenceTransformerSettings, read_settings
 from hf_corrector.models.towers import TowerSource, check_complete, check_length, longest_input
+from hf_corrector.models.whole_weights import refuse_shards
 
 _LONGEST_DEFAULT = 512
 
@@ -267,13 +268,19 @@ class StoredDualEncoder(PushedModel):
 
         Raises:
             ConfigurationError: If the folder holds an adapter and this is a whole model, or the other way round; or if
+<<<<<<< HEAD
                 the adapter came with the encoder.
+=======
+                the weights are in shards over processes, and their whole state is not given.
+>>>>>>> fsdp
         """
         if kwargs.get("push_to_hub"):
             raise ConfigurationError(
                 "save_pretrained", expected="no push_to_hub: it would upload without tokenizer and corrector",
                 got="push_to_hub=True", cure="Call model.push_to_hub(repo_id), which uploads all of them.",
             )  # fmt: skip
+        if kwargs.get("state_dict") is None:
+            refuse_shards(self, "save_pretrained")
         folder, is_main = Path(save_directory), kwargs.get("is_main_process", True)
         if adapted_layers(self):
             if not adapters_of(self):

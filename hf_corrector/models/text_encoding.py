@@ -29,10 +29,8 @@ class TextEncodingMixin:
     config: DualEncoderConfig
     tokenizer: PreTrainedTokenizerBase | None
     target_tokenizer: PreTrainedTokenizerBase | None
-    embed: Any
     device: Any
-    training: bool
-    train: Any
+    whole: Any
 
     def _tokenizer(self, role: Role) -> PreTrainedTokenizerBase:
         tokenizer = self.tokenizer if role == "query" else self.target_tokenizer
@@ -73,6 +71,9 @@ class TextEncodingMixin:
     ) -> torch.Tensor:
         """Encode tokenised texts in evaluation mode, in batches of similar length.
 
+        A model in shards over processes (FSDP2) is gathered for it once, so all of them must call this or another
+        ``encode_…``, with whatever texts.
+
         Args:
             token_lists: Token ids per text.
             role: Which tower and prompt the tokens were made for.
@@ -86,25 +87,26 @@ class TextEncodingMixin:
         Raises:
             InputError: If a text has no tokens.
         """
+        whole = self.whole()
         lengths = np.asarray([len(tokens) for tokens in token_lists], dtype=np.int64)
         if len(lengths) and lengths.min() == 0:
             raise InputError(
                 f"text {int(lengths.argmin())}", expected="at least one token", got="none",
                 cure="Use a tokenizer that adds special tokens, or leave empty texts out.",
             )  # fmt: skip
-        was_training, dtype = self.training, getattr(torch, compute_dtype)
-        self.train(False)
+        was_training, dtype = whole.training, getattr(torch, compute_dtype)
+        whole.train(False)
         try:
             embeddings = torch.empty(len(token_lists), self.config.embedding_dim)
             for batch in token_budget_batches(lengths, token_budget):
                 padded = pad_tokens([token_lists[one] for one in batch], self.pad_token_id(role))
                 tokens = {name: tensor.to(self.device) for name, tensor in padded.items()}
                 with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    embeddings[torch.from_numpy(batch)] = self.embed(tokens, role).cpu()
+                    embeddings[torch.from_numpy(batch)] = whole.embed(tokens, role).cpu()
                 if progress is not None:
                     progress.update(len(batch))
         finally:
-            self.train(was_training)
+            whole.train(was_training)
         return embeddings
 
     def encode_query(

@@ -30,6 +30,7 @@ from hf_corrector.models.configuration_dual_encoder import DROPOUT_FIELDS
 from hf_corrector.models.foreign_configs import check_config
 from hf_corrector.models.hub_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from hf_corrector.models.sentence_transformers_format import read_repository_json, repository_file
+from hf_corrector.models.whole_weights import whole_tensor
 
 _NO_LIMIT = 2**31 - 1
 
@@ -227,11 +228,14 @@ def pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> to
 
 
 def hash_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hash tensors in the order given, names, dtypes and shapes included, to 32 hexadecimal digits."""
+    """Hash tensors in the order given, names, dtypes and shapes included, to 32 hexadecimal digits.
+
+    Where they are in shards over processes every process must call it.
+    """
     state = xxhash.xxh3_128()
     for name, tensor in named:
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous()
+        data = whole_tensor(tensor).cpu().contiguous()
         state.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hf_corrector.rag.objectives import OBJECTIVES, Objective
 from hf_corrector.training.argument_checks import INFINITE, check_choices, check_common, check_ranges, refuse
 from hf_corrector.training.cache_arguments import CacheTrainingArguments
+from hf_corrector.training.sharding import refuse_sharding
 
 PASSAGES = ("top_k", "softmax")
 
@@ -109,6 +110,7 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
                 "num_passages", expected=f"at least {least} with objective={self.objective!r}", got=self.num_passages,
                 cure="Raise it, or use objective='generator_only' to train a reader without passages.",
             )  # fmt: skip
+        refuse_sharding(self, "training of a reader")
         check_common(self)
 
     @property

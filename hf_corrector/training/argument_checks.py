@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
@@ -12,6 +11,7 @@ from hf_corrector.errors import ConfigurationError
 from hf_corrector.models.configuration_corrector import ACTIVATIONS, CLOSED_FORM_KINDS, KINDS, SIDES
 from hf_corrector.scans.base import STRATEGIES
 from hf_corrector.training.refresh_schedule import RefreshSchedule
+from hf_corrector.training.sharding import check_sharding
 
 if TYPE_CHECKING:
     from hf_corrector.training.arguments import DualEncoderTrainingArguments
@@ -183,11 +183,7 @@ def _check_encoder(args: Arguments) -> None:
             "deepspeed", expected="DistributedDataParallel", got="DeepSpeed",
             cure="Start with examples/accelerate/ddp.yaml; mini_batch_size and adapters save more memory than shards.",
         )  # fmt: skip
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        refuse(
-            "fsdp", expected="DistributedDataParallel: weights in shards cannot be encoded with between steps",
-            got="FSDP", cure="Start with examples/accelerate/ddp.yaml, and use mini_batch_size or an adapter of PEFT.",
-        )  # fmt: skip
+    check_sharding(args)
     if args.fp16 and args.device.type == "cpu":
         refuse(
             "fp16", expected="a GPU: on a CPU accelerate computes in float32 and does not say so", got="a CPU",

@@ -33,6 +33,7 @@ from hf_corrector.training.judging import RunJudge
 from hf_corrector.training.live_cache import STATE_FILE, LiveCache, encode_options_of
 from hf_corrector.training.refresh_schedule import RefreshSchedule
 from hf_corrector.training.run_record import RunContext, RunState, record_of
+from hf_corrector.training.sharding import prepare_sharding
 from hf_corrector.training.target_source import TargetSource
 
 logger = logging.get_logger(__name__)
@@ -89,6 +90,7 @@ class CacheTrainer(CheckpointingTrainer):
         if not args.train_targets:
             freeze_targets(run.encoder)
         super().__init__(model=model, args=args, **for_trainer)
+        prepare_sharding(self.accelerator, model, run.encoder)
         self.add_callback(StalenessCallback(self))
         self.live_cache: LiveCache | None = None
         self._held_out: torch.Tensor | None = None
@@ -324,11 +326,14 @@ class CacheTrainer(CheckpointingTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, tokenizers and corrector, with the encoders it leads between and the targets it was fitted on."""
-        if self.live_cache is not None:
-            self.live_cache.note_encoders()
+        live = None if self.live_cache is None or self.live_cache.online is None else self.live_cache
+        # By every process, as weights in shards are gathered for it.
+        fresh = None if live is None else self.encoder.fingerprint("target")
+        if live is not None and fresh is not None:
+            live.note_encoders(fresh)
         super().save_model(output_dir, _internal_call)
-        if self.live_cache is not None and self.args.should_save:
-            self.live_cache.note_fitted(Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER)
+        if live is not None and fresh is not None and self.args.should_save:
+            live.note_fitted(Path(output_dir or str(self.args.output_dir)) / CORRECTOR_FOLDER, fresh)
 
     def load_extra_state(self, folder: Path) -> None:
         """Read costs; caches and pairs are restored by :meth:`prepare`."""

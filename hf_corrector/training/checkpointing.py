@@ -8,6 +8,9 @@
     model it loads that and forgets an adapter beside it, and it takes adapters of any form: both are refused here.
 ``Trainer._save``
     lets PEFT save an adapter, which by itself cannot be loaded as a dual encoder; the rest is added here.
+``Trainer._save_optimizer_and_scheduler``
+    writes the model a second time where it is in shards (FSDP), though ``_save_checkpoint`` has gathered and saved it.
+    With FSDP ``_load_from_checkpoint`` comes after the data loaders too, and is called before the sharding here.
 ``Trainer._load_best_model``
     restores an adapter alone; here the corrector that belongs to it too.
 ``Trainer._run_epoch``
@@ -25,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -35,6 +40,7 @@ from hf_corrector._files import fsync_directory, read_json, write_json
 from hf_corrector.errors import CheckpointError, ConfigurationError
 from hf_corrector.models.adapter_files import adapted_layers, check_folder
 from hf_corrector.models.adapters import check_adapter, load_adapter_extras, save_adapter_extras
+from hf_corrector.models.whole_weights import in_shards
 from hf_corrector.training.step_log import StepLog
 
 COMPLETE_MARKER = "COMPLETE"
@@ -97,6 +103,16 @@ def remove_old_checkpoints(output_dir: Path, newest: Path, *, limit: int | None,
         remove_folder(folder)
 
 
+def _check_optimizer_file(folder: Path, *, sharded: bool) -> None:
+    """Refuse a checkpoint whose optimiser was saved the other way, by name instead of by position or the reverse."""
+    own, other = (OPTIMIZER_NAME_BIN, OPTIMIZER_NAME) if sharded else (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)
+    if (folder / other).exists() and not (folder / own).exists():
+        raise CheckpointError(
+            str(folder), expected=f"{own}, the optimiser of a run {'with' if sharded else 'without'} FSDP", got=other,
+            cure="Resume by the launcher and configuration the run was started with.",
+        )  # fmt: skip
+
+
 class CheckpointingTrainer(Trainer):
     """A Trainer whose checkpoints carry extra state and are known to be complete."""
 
@@ -137,6 +153,10 @@ class CheckpointingTrainer(Trainer):
                     cure="Train without resume_from_checkpoint.",
                 )  # fmt: skip
             resume_from_checkpoint = str(newest)
+        if resume_from_checkpoint:
+            _check_optimizer_file(Path(str(resume_from_checkpoint)), sharded=self.is_fsdp_enabled)
+            if self.is_fsdp_enabled:
+                self._load_before_sharding(str(resume_from_checkpoint))
         with naming_failures(lambda: f"training after step {self.state.global_step}"):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -211,7 +231,31 @@ class CheckpointingTrainer(Trainer):
         self._globalstep_last_logged = int(self._unlogged["last_logged"])
         self.step_log.load_state(self._unlogged["observed"])
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_before_sharding(self, folder: str) -> None:
+        if self.model is not None and in_shards(self.model):
+            raise ConfigurationError(
+                "resume_from_checkpoint", expected="a trainer that has not trained yet, with FSDP",
+                got="one whose model is in shards", cure="Make model and trainer anew.",
+            )  # fmt: skip
+        self.is_fsdp_enabled = False
+        try:
+            self._load_from_checkpoint(folder)
+        finally:
+            self.is_fsdp_enabled = True
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            return  # was read before the weights were dealt out
         folder = Path(resume_from_checkpoint)
         if not (folder / COMPLETE_MARKER).exists():
             raise CheckpointError(

@@ -22,6 +22,7 @@ from hf_corrector.training import checks
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.cache_trainer import RunTargets
 from hf_corrector.training.publishing import PublishingTrainer
+from hf_corrector.training.sharding import step_autocast
 from hf_corrector.training.target_choice import Choice, Judgements, TargetChooser
 
 logger = logging.get_logger(__name__)
@@ -117,11 +118,12 @@ class DualEncoderTrainer(PublishingTrainer):
             chosen.append(choice)
             return choice.part
 
-        outputs = model(
-            queries=inputs["queries"], positives=inputs["positives"] if args.train_targets else None,
-            candidate_fn=candidate_fn, mini_batch_size=args.mini_batch_size,
-            distillation_weight=args.distillation_weight, distillation_temperature=args.distillation_temperature,
-        )  # fmt: skip
+        with step_autocast(args, sharded=self.is_fsdp_enabled):
+            outputs = model(
+                queries=inputs["queries"], positives=inputs["positives"] if args.train_targets else None,
+                candidate_fn=candidate_fn, mini_batch_size=args.mini_batch_size,
+                distillation_weight=args.distillation_weight, distillation_temperature=args.distillation_temperature,
+            )  # fmt: skip
         choice = chosen[0]
         self.cost["query_passes"] += len(choice.queries)
         if args.train_targets:

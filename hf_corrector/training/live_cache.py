@@ -23,7 +23,7 @@ from hf_corrector.encoding import EncodeOptions, build_cache
 from hf_corrector.errors import CacheMismatchError, CheckpointError
 from hf_corrector.index.faiss import FaissIndex
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
-from hf_corrector.records import FittedTargets
+from hf_corrector.records import EncoderFingerprint, FittedTargets
 from hf_corrector.scans import BlockScan, PooledScan, ScanPlan, ShortlistScan, TargetScan, stale_index
 from hf_corrector.training.ages import Ages
 from hf_corrector.training.cache_arguments import CacheTrainingArguments
@@ -267,17 +267,17 @@ class LiveCache:
             if folder.resolve() not in named:
                 remove_folder(folder)
 
-    def note_encoders(self) -> None:
-        """Let the corrector say, before it is saved, between which encoders it leads."""
+    def note_encoders(self, fresh: EncoderFingerprint) -> None:
+        """Let the corrector say, before it is saved, that it leads from the cache's encoder to this one."""
         if self.online is not None:
-            stale, fresh = self.cache.fingerprint, self._model.fingerprint("target")
+            stale = self.cache.fingerprint
             self.online.corrector.note_encoders(stale=stale, fresh=fresh, trained=fresh.weights != stale.weights)
 
-    def note_fitted(self, folder: Path) -> None:
-        """Write beside a saved corrector what it was fitted to, if one is trained."""
+    def note_fitted(self, folder: Path, encoder: EncoderFingerprint) -> None:
+        """Write beside a saved corrector what it was fitted to, this encoder being saved with it, if one is trained."""
         if self.online is None:
             return
-        encoder, side = self._model.fingerprint("target"), self._args.corrector_side
+        side = self._args.corrector_side
         rows = tuple(self.fitted_rows.tolist())
         FittedTargets(
             self.cache.manifest.checksum, encoder.digest, rows, tuple(self.cache.ids[row] for row in rows),

@@ -12,6 +12,7 @@ from hf_corrector._distributed import on_main
 from hf_corrector.cache.side_store import open_side, save_dense, save_side, side_details, stored_sides
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
+from hf_corrector.models.whole_weights import whole_tensor
 from hf_corrector.shared_writing import seen_by_all
 from hf_corrector.side_features import DenseSide, SideFeatures, TokenCounts, mean_word_embeddings
 from hf_corrector.training.cache_arguments import CacheTrainingArguments
@@ -28,11 +29,13 @@ def side_of(cache: TargetCache, model: DualEncoderModel, args: CacheTrainingArgu
     kind = args.corrector_side
     if kind is None:
         return None
+    embeddings = cast(torch.nn.Embedding, model.target_encoder.get_input_embeddings()).weight
+    # By every process, as weights in shards are gathered for it.
+    table = whole_tensor(embeddings) if kind == "word_embeddings" else embeddings
 
     def store() -> None:
         if kind == "word_embeddings" and kind not in stored_sides(cache):
             counts = cast(TokenCounts, open_side(cache, "tokens"))
-            table = cast(torch.nn.Embedding, model.target_encoder.get_input_embeddings()).weight
             save_dense(cache, _mean_blocks(counts, table), kind=kind, width=table.shape[1])
 
     on_main("storing side features", store)
