@@ -1,7 +1,7 @@
 """Retrieval-augmented fine-tuning while the index grows stale: what is lost, what correction wins back, what it costs.
 
     python examples/benchmarks/rag.py --output_dir runs/rag
-    python examples/benchmarks/rag.py --output_dir runs/rag --set squad --data FOLDER
+    python examples/benchmarks/rag.py --output_dir runs/rag --set squad --data FOLDER --gap_steps 600 --reader_steps 600
 
 A reader (an encoder-decoder that starts from MiniLM) first learns to read from judged passages; this stands for a
 language model that can already read, is done once and shared by all runs. Then retriever and reader are trained on
@@ -27,6 +27,7 @@ import importlib.util
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ MEASURES = ("answer_log_likelihood", "gold_recall@10", "exact_match", "f1")
 TRAINING_COSTS = ("train_target_passes", "refresh_target_passes")
 TARGET_LENGTH = {"default": 48, "squad": 96}
 READER_LENGTH = {"default": 80, "squad": 128}
+# Prompts a step while the reader learns to read, and a function that draws as many with their answers, in tokens.
+READER_BATCH = 16
+Examples = Callable[[torch.Generator], tuple[list[list[int]], list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,9 @@ def main() -> None:
     flags.add_argument(
         "--reader_steps", type=int, default=200, help="of 16 questions, in which the reader learns to read"
     )
+    flags.add_argument(
+        "--gap_steps", type=int, default=0, help="of 16 gaps in passages, in which the reader learns to copy before"
+    )
     flags.add_argument("--steps", type=int, default=80)
     flags.add_argument("--batch", type=int, default=8, help="questions a step")
     flags.add_argument("--passages", type=int, default=4)
@@ -110,6 +117,7 @@ def main() -> None:
     data = load(arguments)
     regime = f"{arguments.steps}-steps-at-{arguments.learning_rate}-{arguments.passages}-passages-{arguments.objective}"
     start = f"{arguments.set}-{arguments.layers}-layers-{arguments.reader_layers}-reader-{arguments.reader_steps}-steps"
+    start += f"-after-{arguments.gap_steps}-gaps" if arguments.gap_steps else ""
     start_folder = Path(arguments.output_dir) / start
     folder = start_folder / regime
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +133,7 @@ def main() -> None:
 
 
 def load(arguments: argparse.Namespace) -> RetrievalData:
-    """Load questions and targets; answers longer than the reader writes are left out."""
+    """Load questions, answers and targets of one set."""
     if arguments.set == "default":
         return standard_library_questions()
     return load_retrieval_data(data_folder(arguments.data, arguments.set))
@@ -161,7 +169,11 @@ def warm_reader(arguments: argparse.Namespace, data: RetrievalData, folder: Path
     )
     train, started = readable(data.train, model), time.time()
     texts = column(data.corpus, "text")
-    train_reader(model, train, gold_passages(train, data), steps=arguments.reader_steps, batch=16, seed=0)
+    stages: list[tuple[int, Examples]] = [(arguments.reader_steps, judged_examples(model, train, data))]
+    if arguments.gap_steps:
+        stages.insert(0, (arguments.gap_steps, gap_examples(model, texts)))
+    for steps, examples in stages:
+        train_reader(model, examples, steps=steps, seed=0)
     judged = Judged.of(readable(judged_questions(arguments, data), model), data.corpus)
     generator = torch.Generator().manual_seed(0)
     for name, rows in {
@@ -173,20 +185,51 @@ def warm_reader(arguments: argparse.Namespace, data: RetrievalData, folder: Path
     model.save_pretrained(folder)
 
 
-def gold_passages(split: Dataset, data: RetrievalData) -> list[str]:
-    """Return the text of the first positive of every question."""
-    texts = column(data.corpus, "text")
-    return [texts[next(iter(rows))] for rows in positives_as_rows(split, data.corpus)]
-
-
-def train_reader(
-    model: RetrievalAugmentedModel, split: Dataset, passages: list[str] | None, *, steps: int, batch: int, seed: int
-) -> None:
-    """Train the reader alone on one passage per question, or on none."""
-    style, tokenizer, reader = model.reader.format, model.reader, model.generator
+def judged_examples(model: RetrievalAugmentedModel, split: Dataset, data: RetrievalData) -> Examples:
+    """Draw questions with their first positive and their answer."""
+    style, tokenizer, texts = model.reader.format, model.reader, column(data.corpus, "text")
     questions = tokenizer.questions(column(split, "query"))
     answers = tokenizer.answers([one[0] for one in column(split, "answers")])
-    given = [[]] * len(questions) if passages is None else tokenizer.passages(passages)
+    gold = tokenizer.passages([texts[next(iter(rows))] for rows in positives_as_rows(split, data.corpus)])
+
+    def draw(generator: torch.Generator) -> tuple[list[list[int]], list[list[int]]]:
+        rows = torch.randint(len(questions), (READER_BATCH,), generator=generator).tolist()
+        return [style.prompt(questions[row], [gold[row]]) for row in rows], [answers[row] for row in rows]
+
+    return draw
+
+
+def gap_examples(model: RetrievalAugmentedModel, texts: list[str]) -> Examples:
+    """Draw passages, asked what stands in a gap of 1 to 4 tokens, of which 8 before and 8 after it are shown.
+
+    This teaches to find and to copy without a question or an answer of the data set.
+    """
+    style, mask = model.reader.format, int(model.reader_tokenizer.mask_token_id)
+    shown, longest = 8, 4
+    passages = [one for one in model.reader.passages(texts) if len(one) >= 2 * shown + longest]
+    # A passage that does not fit beside its question is cut at its end, where there must be no gap.
+    room = style.field_room - (2 * shown + 1)
+
+    def draw(generator: torch.Generator) -> tuple[list[list[int]], list[list[int]]]:
+        def number(low: int, high: int) -> int:
+            return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+        prompts, hidden = [], []
+        for row in torch.randint(len(passages), (READER_BATCH,), generator=generator).tolist():
+            passage, width = passages[row][:room], number(1, longest)
+            start = number(shown, len(passage) - shown - width)
+            end = start + width
+            question = [*passage[start - shown : start], mask, *passage[end : end + shown]]
+            prompts.append(style.prompt(question, [passage]))
+            hidden.append([*passage[start:end], style.end])
+        return prompts, hidden
+
+    return draw
+
+
+def train_reader(model: RetrievalAugmentedModel, examples: Examples, *, steps: int, seed: int) -> None:
+    """Train the reader alone on drawn prompts and answers."""
+    reader = model.generator
     attending = cross_attention_names(reader)
     groups = [
         {"params": [one for name, one in reader.named_parameters() if (name in attending) == new], "lr": rate}
@@ -200,9 +243,7 @@ def train_reader(
     generator = torch.Generator().manual_seed(seed)
     reader.train()
     for _ in range(steps):
-        rows = torch.randint(len(questions), (batch,), generator=generator).tolist()
-        prompts = [style.prompt(questions[row], [given[row]] if given[row] else []) for row in rows]
-        wanted = [answers[row] for row in rows]
+        prompts, wanted = examples(generator)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half_is_fast()):
             loss = -model.read(prompts, wanted).sum() / sum(map(len, wanted))
         loss.backward()
