@@ -1,7 +1,9 @@
 """Retrieval-augmented fine-tuning while the index grows stale: what is lost, what correction wins back, what it costs.
 
     python examples/benchmarks/rag.py --output_dir runs/rag
-    python examples/benchmarks/rag.py --output_dir runs/rag --set squad --data FOLDER --gap_steps 600 --reader_steps 600
+    python examples/benchmarks/rag.py --output_dir runs/rag --set squad --data FOLDER --passages 3 --batch 6 --steps 60 \\
+        --gap_steps 300 --reader_steps 400 --reader_learning_rates 3e-4 3e-4 \\
+        --reader_from runs/rag/default-6-layers-6-reader-200-steps
 
 A reader (an encoder-decoder that starts from MiniLM) first learns to read from judged passages; this stands for a
 language model that can already read, is done once and shared by all runs. Then retriever and reader are trained on
@@ -27,7 +29,7 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,11 @@ def main() -> None:
     flags.add_argument(
         "--gap_steps", type=int, default=0, help="of 16 gaps in passages, in which the reader learns to copy before"
     )
+    flags.add_argument("--reader_from", help="folder of a run's model whose reader learns on, instead of a new one")
+    flags.add_argument(
+        "--reader_learning_rates", type=float, nargs=2, default=[2e-4, 6e-4],
+        help="while it learns to read, and of its attention to what it has read",
+    )  # fmt: skip
     flags.add_argument("--steps", type=int, default=80)
     flags.add_argument("--batch", type=int, default=8, help="questions a step")
     flags.add_argument("--passages", type=int, default=4)
@@ -163,7 +170,11 @@ def warm_reader(arguments: argparse.Namespace, data: RetrievalData, folder: Path
         str(demo_encoder()), num_hidden_layers=arguments.layers, query_max_length=32,
         target_max_length=TARGET_LENGTH[arguments.set],
     )  # fmt: skip
-    reader, tokenizer = default_reader(num_hidden_layers=arguments.reader_layers)
+    if arguments.reader_from is None:
+        reader, tokenizer = default_reader(num_hidden_layers=arguments.reader_layers)
+    else:
+        before = RetrievalAugmentedModel.from_pretrained(arguments.reader_from)
+        reader, tokenizer = before.generator, before.reader_tokenizer
     model = RetrievalAugmentedModel.from_parts(
         retriever, reader, tokenizer, reader_max_length=READER_LENGTH[arguments.set], answer_max_length=16
     )
@@ -172,8 +183,7 @@ def warm_reader(arguments: argparse.Namespace, data: RetrievalData, folder: Path
     stages: list[tuple[int, Examples]] = [(arguments.reader_steps, judged_examples(model, train, data))]
     if arguments.gap_steps:
         stages.insert(0, (arguments.gap_steps, gap_examples(model, texts)))
-    for steps, examples in stages:
-        train_reader(model, examples, steps=steps, seed=0)
+    train_reader(model, stages, learning_rates=arguments.reader_learning_rates, seed=0)
     judged = Judged.of(readable(judged_questions(arguments, data), model), data.corpus)
     generator = torch.Generator().manual_seed(0)
     for name, rows in {
@@ -227,14 +237,25 @@ def gap_examples(model: RetrievalAugmentedModel, texts: list[str]) -> Examples:
     return draw
 
 
-def train_reader(model: RetrievalAugmentedModel, examples: Examples, *, steps: int, seed: int) -> None:
-    """Train the reader alone on drawn prompts and answers."""
+def train_reader(
+    model: RetrievalAugmentedModel, stages: Sequence[tuple[int, Examples]], *, learning_rates: Sequence[float],
+    seed: int,
+) -> None:  # fmt: skip
+    """Train the reader alone on drawn prompts and answers, for some steps on each kind of them.
+
+    Args:
+        model: Holds the reader.
+        stages: Steps, and what is drawn in them.
+        learning_rates: Of the reader, and of its attention to what it has read.
+        seed: Of the draws.
+    """
     reader = model.generator
     attending = cross_attention_names(reader)
     groups = [
         {"params": [one for name, one in reader.named_parameters() if (name in attending) == new], "lr": rate}
-        for new, rate in ((True, 6e-4), (False, 2e-4))
+        for new, rate in zip((False, True), learning_rates, strict=True)
     ]
+    steps = sum(count for count, _ in stages)
     optimizer = torch.optim.AdamW(groups)
     # Up over 30 steps, then level, then down to a twentieth over the second half.
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -242,7 +263,7 @@ def train_reader(model: RetrievalAugmentedModel, examples: Examples, *, steps: i
     )
     generator = torch.Generator().manual_seed(seed)
     reader.train()
-    for _ in range(steps):
+    for examples in (one for count, one in stages for _ in range(count)):
         prompts, wanted = examples(generator)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half_is_fast()):
             loss = -model.read(prompts, wanted).sum() / sum(map(len, wanted))

@@ -50,7 +50,8 @@ def main() -> None:
                 retriever, reader, tokenizer, reader_max_length=80, answer_max_length=16
             )
             train, started = readable(data.train, model), time.time()
-            train_reader(model, judged_examples(model, train, data), steps=arguments.steps, seed=seed)
+            stages = [(arguments.steps, judged_examples(model, train, data))]
+            train_reader(model, stages, learning_rates=(2e-4, 6e-4), seed=seed)
             judged = Judged.of(readable(judged_questions(arguments, data), model), data.corpus)
             texts, generator = column(data.corpus, "text"), torch.Generator().manual_seed(0)
             others = torch.randint(len(texts), (len(judged.gold),), generator=generator).tolist()
