@@ -16,7 +16,7 @@ import time
 
 import torch
 from common import print_head
-from rag import Judged, gold_passages, judged_questions, readable, reader_loss, train_reader
+from rag import Judged, judged_examples, judged_questions, readable, reader_loss, train_reader
 from torch import nn
 from transformers import EncoderDecoderModel
 
@@ -50,7 +50,8 @@ def main() -> None:
                 retriever, reader, tokenizer, reader_max_length=80, answer_max_length=16
             )
             train, started = readable(data.train, model), time.time()
-            train_reader(model, train, gold_passages(train, data), steps=arguments.steps, batch=16, seed=seed)
+            stages = [(arguments.steps, judged_examples(model, train, data))]
+            train_reader(model, stages, learning_rates=(2e-4, 6e-4), seed=seed)
             judged = Judged.of(readable(judged_questions(arguments, data), model), data.corpus)
             texts, generator = column(data.corpus, "text"), torch.Generator().manual_seed(0)
             others = torch.randint(len(texts), (len(judged.gold),), generator=generator).tolist()
