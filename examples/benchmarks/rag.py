@@ -4,9 +4,10 @@
     python examples/benchmarks/rag.py --output_dir runs/rag --set squad --data FOLDER
 
 A reader (an encoder-decoder that starts from MiniLM) first learns to read from judged passages; this stands for a
-language model that can already read, is done once and shared by all runs. (MiniLM learns it within 200 steps for the
-default set; for squad the reader of the default set goes on, see ``--reader_from`` and ``--gap_steps``.) Then retriever and reader are trained on
-answers alone, no judgement of a passage is seen any more, and only what is retrieved for training differs:
+language model that can already read, is done once and shared by all runs. (For the default set MiniLM learns it within
+200 steps; for squad the reader of the default set learns on, see ``--reader_from`` and ``--gap_steps``.) Then retriever
+and reader are trained on answers alone, no judgement of a passage is seen any more, and only what is retrieved for
+training differs:
 
 * ``closed_book``: the reader gets no passage;
 * ``fixed``: passages come from the index of the untrained retriever, which is not trained;

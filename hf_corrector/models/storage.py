@@ -268,11 +268,8 @@ class StoredDualEncoder(PushedModel):
 
         Raises:
             ConfigurationError: If the folder holds an adapter and this is a whole model, or the other way round; or if
-<<<<<<< HEAD
-                the adapter came with the encoder.
-=======
-                the weights are in shards over processes, and their whole state is not given.
->>>>>>> fsdp
+                the adapter came with the encoder; or if the weights are in shards over processes, and their whole state
+                is not given.
         """
         if kwargs.get("push_to_hub"):
             raise ConfigurationError(
