@@ -146,8 +146,10 @@ def question_data() -> tuple[Dataset, Dataset, Dataset]:
     return Dataset.from_list(targets), Dataset.from_list(questions[:36]), Dataset.from_list(questions[36:])
 
 
-def rag_trainer(model: Any, out: Path, **changes: Any) -> RetrievalAugmentedTrainer:
-    """Make a trainer of a few steps over the questions above."""
+def rag_trainer(
+    model: Any, out: Path, *, optimizers: tuple[Any, Any] = (None, None), evaluation: Any = None, **changes: Any
+) -> RetrievalAugmentedTrainer:
+    """Make a trainer of a few steps over the questions above; evaluated on the test questions if not told otherwise."""
     settings: dict[str, Any] = {
         "max_steps": 4, "per_device_train_batch_size": 4, "num_passages": 3, "learning_rate": 1e-3, "logging_steps": 1,
         "report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "corrector_warmup_steps": 1,
@@ -157,4 +159,7 @@ def rag_trainer(model: Any, out: Path, **changes: Any) -> RetrievalAugmentedTrai
         settings["staleness"] = "ignore"
     targets, train, test = question_data()
     args = RetrievalAugmentedTrainingArguments(str(out), **{**settings, **changes})
-    return RetrievalAugmentedTrainer(model, args, train_dataset=train, targets=targets, eval_dataset=test)
+    return RetrievalAugmentedTrainer(
+        model, args, train_dataset=train, targets=targets, eval_dataset=test if evaluation is None else evaluation,
+        optimizers=optimizers,
+    )  # fmt: skip

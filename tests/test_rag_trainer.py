@@ -110,6 +110,33 @@ def test_a_learning_rate_of_layers_that_are_not_trained_is_refused(tiny_encoder:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_given_optimizer_keeps_its_groups_with_or_without_a_schedule(tiny_encoder: str, tmp_path: Path) -> None:
+    for scheduled in (True, False):
+        model = rag_of(tiny_encoder, learn_scale=True)
+        optimizer = torch.optim.SGD([
+            {"params": list(model.retriever.parameters()), "lr": 2e-3},
+            {"params": [*model.generator.parameters(), model.log_scale], "lr": 1e-2},
+        ])  # fmt: skip
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step) if scheduled else None
+        before, groups = weights(model), [[id(one) for one in group["params"]] for group in optimizer.param_groups]
+        trainer = rag_trainer(model, tmp_path, max_steps=2, optimizers=(optimizer, schedule))
+        trainer.train()
+        assert [[id(one) for one in group["params"]] for group in optimizer.param_groups] == groups
+        assert [group["initial_lr"] for group in optimizer.param_groups] == [2e-3, 1e-2]
+        if scheduled:
+            assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 2.5e-3]
+        assert changed(before, model) == {"retriever", "generator", "log_scale"}
+
+
+def test_rates_of_parts_beside_a_given_optimizer_are_refused(tiny_encoder: str, tmp_path: Path) -> None:
+    model = rag_of(tiny_encoder, "bert2bert")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for name in ("generator_learning_rate", "cross_attention_learning_rate"):
+        with pytest.raises(ConfigurationError, match=f"{name}: expected None with an optimiser"):
+            rag_trainer(model, tmp_path / "out", optimizers=(optimizer, None), **{name: 1e-3})
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_choice_of_a_scan_knows_what_reading_costs(tiny_encoder: str, tmp_path: Path) -> None:
     """By hand: every weight but embeddings multiplies every token it sees, twice forward and four times backward."""
     for kind in ("gpt2", "t5"):

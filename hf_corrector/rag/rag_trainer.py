@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -34,6 +33,7 @@ from hf_corrector.rag.question_data import (
     tokenize_passages,
 )
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
+from hf_corrector.rag.rag_checks import check_optimizer, check_types
 from hf_corrector.rag.reading import reading_ops
 from hf_corrector.records import COSTS, RunRecord
 from hf_corrector.training.cache_trainer import RunTargets
@@ -65,7 +65,8 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
         target_cache: A cache made by an older encoder from the same targets. By default the cache is made from
             the retriever as it is.
         callbacks: Further callbacks.
-        optimizers: Optimiser and schedule, as in transformers.
+        optimizers: Optimiser and schedule, as in transformers. The groups of a given optimiser are left as they are;
+            the rate of the first is the clock of the encoder's drift, so the retriever's parameters belong there.
 
     Attributes:
         rag: The retrieval-augmented model.
@@ -97,7 +98,8 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        self.rag = _checked(model, args)
+        self.rag = check_types(model, args)
+        check_optimizer(optimizers[0], args)
         if targets is None:
             raise ConfigurationError(
                 "RetrievalAugmentedTrainer",
@@ -252,7 +254,11 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Make transformers' optimiser, with the reader's own learning rates and no decay of the scale."""
+        made = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        if not made:
+            # Given, or of an earlier call: a schedule that stands already counts its groups.
+            return optimizer
         rates = {
             "reader": self.args.generator_learning_rate, "cross_attention": self.args.cross_attention_learning_rate
         }  # fmt: skip
@@ -327,36 +333,3 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
             # Only a search needs all corrected targets at once, and training has its own way of keeping them.
             self.live_cache.corrected.invalidate()
         return metrics
-
-
-def _checked(model: Any, args: Any) -> RetrievalAugmentedModel:
-    """Refuse other models and arguments than this package's, and return the model without wrappers."""
-    inner = (
-        extract_model_from_parallel(model, keep_torch_compile=False) if isinstance(model, torch.nn.Module) else model
-    )
-    if not isinstance(inner, RetrievalAugmentedModel):
-        raise ConfigurationError(
-            "RetrievalAugmentedTrainer", expected="a RetrievalAugmentedModel", got=type(inner).__name__,
-            cure="Make one with RetrievalAugmentedModel.from_parts(...); adapters of PEFT belong on its parts.",
-        )  # fmt: skip
-    if not isinstance(args, RetrievalAugmentedTrainingArguments):
-        raise ConfigurationError(
-            "RetrievalAugmentedTrainer", expected="RetrievalAugmentedTrainingArguments", got=type(args).__name__,
-            cure="Use RetrievalAugmentedTrainingArguments(output_dir, ...).",
-        )  # fmt: skip
-    _check_cross_attention(inner.generator, args)
-    return inner
-
-
-def _check_cross_attention(reader: torch.nn.Module, args: RetrievalAugmentedTrainingArguments) -> None:
-    """Refuse a learning rate of layers that a reader has not, or does not train (ConfigurationError)."""
-    if args.cross_attention_learning_rate is None:
-        return
-    attending = cross_attention_names(reader)
-    if not any(weight.requires_grad for name, weight in reader.named_parameters() if name in attending):
-        raise ConfigurationError(
-            "cross_attention_learning_rate",
-            expected="a reader that trains cross-attention which is new to its task, such as that of default_reader",
-            got=f"{type(reader).__name__}, which has none to train",
-            cure="Leave it out: generator_learning_rate is that of the whole reader.",
-        )  # fmt: skip
