@@ -127,6 +127,19 @@ def test_rag_train_refuses_before_any_work(
     assert not (tmp_path / "out" / "cache").exists() and not (tmp_path / "out" / "tokens").exists()
 
 
+def test_a_dev_split_that_cannot_be_evaluated_is_refused_before_any_work(
+    places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, long = Path(write_folder(tmp_path / "data")), "an answer which nobody would ever read to its end"
+    with (data / "queries.jsonl").open("a") as queries:
+        queries.write(json.dumps({"_id": "d0", "text": "which colour has dog 1", "answers": [long]}) + "\n")
+    (data / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nd0\tt1\t1\n")
+    assert train({**places, "data": str(data)}, str(tmp_path / "out")) == 1
+    shown = capsys.readouterr().err
+    assert "eval_dataset, row 0, answer to 'd0': expected at most 6 tokens" in shown
+    assert not (tmp_path / "out" / "cache").exists() and not (tmp_path / "out" / "tokens").exists()
+
+
 def test_data_without_answers_and_runs_of_other_commands_are_refused(
     places: dict[str, str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

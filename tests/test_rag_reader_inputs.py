@@ -68,6 +68,15 @@ def test_answers_too_long_or_empty_are_refused_by_number(tiny_encoder: str) -> N
         reader.answers([" "])
 
 
+def test_answers_the_tokenizer_drops_are_refused_as_they_would_teach_silence(tiny_encoder: str) -> None:
+    with pytest.raises(
+        DataError, match=r"answer 1: expected text the reader's tokenizer has tokens for; got '\\u200b'"
+    ):
+        rag_of(tiny_encoder, "bert2bert").reader.answers(["list", "\u200b"])
+    # Of bytes nothing is dropped.
+    assert len(rag_of(tiny_encoder, "gpt2").reader.answers(["\u200b"])[0]) > 1
+
+
 def test_templates_and_lengths_that_cannot_work_are_refused(tiny_encoder: str) -> None:
     with pytest.raises(ConfigurationError, match=r"one \{question\} and one \{passage\}"):
         rag_of(tiny_encoder, prompt="{question}?")

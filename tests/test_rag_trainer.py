@@ -311,7 +311,10 @@ def without(row: int, **changes: Any) -> Dataset:
         (without(4, answers=[" "]), "train_dataset, row 4"),
         (without(5, query=""), "train_dataset, row 5"),
         (without(6, query_id="q0"), "'q0' again"),
-        (without(7, answers=["a very long answer, which nobody would ever read to its end"]), "answer 7"),
+        (
+            without(7, answers=["a very long answer, which nobody would ever read to its end"]),
+            "train_dataset, row 7, answer to 'q7': expected at most 16 tokens",
+        ),
         (question_data()[1].remove_columns("answers"), "Add the column 'answers'"),
         (question_data()[1].map(lambda row: {"answers": row["answers"][0]}), "a list of strings"),
     ],
@@ -322,6 +325,27 @@ def test_questions_that_cannot_be_trained_on_are_refused_before_any_work(
     args = RetrievalAugmentedTrainingArguments(str(tmp_path / "out"), report_to=[])
     with pytest.raises(DataError, match=error):
         RetrievalAugmentedTrainer(rag_of(tiny_encoder), args, train_dataset=train, targets=question_data()[0])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        (
+            {"answers": ["a very long answer, which nobody would ever read to its end"]},
+            "answer to 'q2': expected at most",
+        ),
+        ({"answers": []}, "expected a query_id of its own, a query, and answers"),
+        ({"positive_ids": ["nowhere"]}, "expected positive_ids of the corpus; got 'nowhere'"),
+    ],
+)
+def test_questions_that_cannot_be_evaluated_on_are_refused_before_any_work(
+    tiny_encoder: str, tmp_path: Path, changes: dict[str, Any], error: str
+) -> None:
+    wrong, model = without(2, **changes), rag_of(tiny_encoder)
+    for name, splits in {"eval_dataset": wrong, "dev": {"other": question_data()[2], "dev": wrong}}.items():
+        with pytest.raises(DataError, match=f"{name}, row 2.*{error}"):
+            rag_trainer(model, tmp_path / "out", evaluation=splits)
     assert not (tmp_path / "out").exists()
 
 

@@ -24,7 +24,7 @@ from hf_corrector.data.retrieval import RetrievalData
 from hf_corrector.errors import ConfigurationError, DataError
 from hf_corrector.rag import RetrievalAugmentedModel
 from hf_corrector.rag.evaluation import ReadingJudgement, judge_trained, reading_options
-from hf_corrector.rag.question_data import first_answers
+from hf_corrector.rag.question_data import tokenize_answers
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
 from hf_corrector.training.run_record import RunContext, plain_arguments
@@ -141,8 +141,8 @@ def _trainer(
             what.data, expected="a train split", got="none", cure="Add qrels/train.tsv, or name other data."
         )
     model = what.compose()
-    # The answers of training are checked by the trainer, those of the judgement would be when all the work is done.
-    model.reader.answers(first_answers(split))
+    # Those of training and of its evaluation are checked by the trainer, these would be when all the work is done.
+    tokenize_answers(model.reader, split, "judged questions")
     if what.reader is None:
         rate = DEFAULT_READER_RATE if args.generator_learning_rate is None else args.generator_learning_rate
         args.generator_learning_rate = rate

@@ -102,8 +102,13 @@ def hash_fraction(key: str) -> float:
     return int(xxh3(key.encode("utf-8"))[:13], 16) / 16**13
 
 
-def positives_as_rows(split: Dataset, corpus: Dataset) -> list[dict[int, float]]:
+def positives_as_rows(split: Dataset, corpus: Dataset, *, name: str = "split") -> list[dict[int, float]]:
     """Return each query's positives as ``{target row: grade}``, in the order of the split.
+
+    Args:
+        split: Judged queries.
+        corpus: All targets.
+        name: What errors call the split.
 
     Raises:
         DataError: If a query names a target that is not in the corpus.
@@ -114,7 +119,7 @@ def positives_as_rows(split: Dataset, corpus: Dataset) -> list[dict[int, float]]
         try:
             positives.append({row_of[target_id]: float(grade) for target_id, grade in zip(ids, grades, strict=True)})
         except KeyError as error:
-            raise unknown_target(f"split, row {number}", "positive_ids", error.args[0]) from error
+            raise unknown_target(f"{name}, row {number}", "positive_ids", error.args[0]) from error
     return positives
 
 

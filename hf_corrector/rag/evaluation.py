@@ -26,7 +26,7 @@ from hf_corrector.metrics import RESAMPLES, FloatArray, Interval, Relevant, Unde
 from hf_corrector.rag.generation import GenerationOptions
 from hf_corrector.rag.modeling_rag import RetrievalAugmentedModel
 from hf_corrector.rag.passages import CandidateFn, NearestPassages, closed_book
-from hf_corrector.rag.question_data import check_questions, first_answers
+from hf_corrector.rag.question_data import check_questions, first_answers, tokenize_answers
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
 from hf_corrector.training.live_cache import compute_dtype_of
@@ -176,7 +176,7 @@ def judge_reading(  # noqa: PLR0913 - what is compared, on what, and how
     gold = positives_as_rows(with_optional_columns(split), targets)
     texts, known = column(split, "query"), column(split, "answers")
     asked = _Asked(texts, known, first_answers(split), gold, model.retriever.encode_query(texts))
-    model.reader.answers(asked.first)  # an answer that is too long shows now, and not after the first condition
+    tokenize_answers(model.reader, split, "questions")  # one too long shows now, and not after the first condition
     words, read = column(targets, "text"), passages
     if read is None:
         read = model.reader.passages(words)

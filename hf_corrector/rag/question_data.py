@@ -18,6 +18,7 @@ from hf_corrector.data.tokens import TokenStore, token_store_key
 from hf_corrector.errors import DataError
 from hf_corrector.models.towers import hash_tokenizer
 from hf_corrector.rag.modeling_rag import RetrievalAugmentedModel
+from hf_corrector.rag.reader_inputs import ReaderTokenizer
 from hf_corrector.shared_writing import seen_by_all
 
 COLUMNS = ("query_id", "query", "answers")
@@ -59,6 +60,21 @@ def check_questions(split: Dataset, name: str) -> None:
 def first_answers(split: Dataset) -> list[str]:
     """Return what is trained and measured on where a question has several answers: the first."""
     return [answers[0] for answers in column(split, "answers")]
+
+
+def tokenize_answers(reader: ReaderTokenizer, split: Dataset, name: str) -> list[list[int]]:
+    """Tokenise the first answers of a split, their end included.
+
+    Args:
+        reader: The reader's tokenizer.
+        split: Questions with answers.
+        name: What errors call the split.
+
+    Raises:
+        DataError: If an answer is too long or says nothing to the reader, naming split, row and question.
+    """
+    ids = column(split, "query_id")
+    return reader.answers(first_answers(split), name=lambda row: f"{name}, row {row}, answer to {ids[row]!r}")
 
 
 def tokenize_passages(

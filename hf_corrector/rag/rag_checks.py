@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset
 
+from hf_corrector.data.retrieval import positives_as_rows, validate_corpus, with_optional_columns
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.rag.default_reader import cross_attention_names
 from hf_corrector.rag.modeling_rag import RetrievalAugmentedModel
+from hf_corrector.rag.question_data import check_questions, tokenize_answers
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
+from hf_corrector.training.checks import Splits
 
 
 def check_types(model: Any, args: Any) -> RetrievalAugmentedModel:
@@ -58,3 +63,43 @@ def check_optimizer(optimizer: Any, args: RetrievalAugmentedTrainingArguments) -
                 got=str(getattr(args, name)),
                 cure="Give the reader's parameters a group with this rate, or leave the optimiser to the trainer.",
             )  # fmt: skip
+
+
+def check_targets(targets: Dataset | None) -> Dataset:
+    """Return the targets with their optional columns.
+
+    Raises:
+        ConfigurationError: If there are none.
+        DataError: If something is wrong with them.
+    """
+    if targets is None:
+        raise ConfigurationError(
+            "RetrievalAugmentedTrainer", expected="targets to read", got="None", cure="Pass the corpus as `targets`."
+        )
+    targets = with_optional_columns(targets)
+    validate_corpus(targets)
+    return targets
+
+
+def check_evaluation(
+    model: RetrievalAugmentedModel, args: RetrievalAugmentedTrainingArguments, evaluation: Splits, targets: Dataset
+) -> None:
+    """Refuse now what an evaluation would refuse in the middle of training.
+
+    Args:
+        model: Retriever and reader.
+        args: Arguments of the run.
+        evaluation: Questions with answers, one split or several by name.
+        targets: All targets.
+
+    Raises:
+        DataError: If a question has no answer, one that is too long for the reader, or a positive that is no target.
+    """
+    named = evaluation if isinstance(evaluation, Mapping) else {"eval_dataset": evaluation}
+    for name, split in named.items():
+        if split is None:
+            continue
+        check_questions(split, name)
+        tokenize_answers(model.reader, split, name)
+        if args.num_passages and "positive_ids" in split.column_names:
+            positives_as_rows(with_optional_columns(split), targets, name=name)

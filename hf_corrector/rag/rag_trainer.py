@@ -14,9 +14,8 @@ from transformers import TrainerCallback
 from hf_corrector._distributed import all_gather_rows, on_main
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.cards import card_of_reading_run
-from hf_corrector.data.retrieval import column, positives_as_rows, validate_corpus, with_optional_columns
+from hf_corrector.data.retrieval import column, positives_as_rows, with_optional_columns
 from hf_corrector.encoding import encode_rows
-from hf_corrector.errors import ConfigurationError
 from hf_corrector.index.base import RowVectors
 from hf_corrector.models.hub_files import RETRIEVAL_AUGMENTED_FILES
 from hf_corrector.rag.default_reader import cross_attention_names
@@ -30,10 +29,11 @@ from hf_corrector.rag.question_data import (
     QuestionDataset,
     check_questions,
     first_answers,
+    tokenize_answers,
     tokenize_passages,
 )
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
-from hf_corrector.rag.rag_checks import check_optimizer, check_types
+from hf_corrector.rag.rag_checks import check_evaluation, check_optimizer, check_targets, check_types
 from hf_corrector.rag.reading import reading_ops
 from hf_corrector.records import COSTS, RunRecord
 from hf_corrector.training.cache_trainer import RunTargets
@@ -78,7 +78,7 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
 
     Raises:
         ConfigurationError: If the arguments cannot work together.
-        DataError: If questions and targets do not fit, or an answer is too long.
+        DataError: If questions, of evaluation too, and targets do not fit, or an answer is too long for the reader.
     """
 
     args: RetrievalAugmentedTrainingArguments
@@ -100,22 +100,15 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
     ) -> None:
         self.rag = check_types(model, args)
         check_optimizer(optimizers[0], args)
-        if targets is None:
-            raise ConfigurationError(
-                "RetrievalAugmentedTrainer",
-                expected="targets to read",
-                got="None",
-                cure="Pass the corpus as `targets`.",
-            )
-        targets = with_optional_columns(targets)
-        validate_corpus(targets)
-        named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        for name, split in {"train_dataset": train_dataset, **named}.items():
-            if split is not None:
-                check_questions(split, name)
+        targets = check_targets(targets)
+        if train_dataset is not None:
+            check_questions(train_dataset, "train_dataset")
+        check_evaluation(self.rag, args, eval_dataset, targets)
         self.judged: dict[str, Any] = {}
         self._asked = self._answered = 0.0  # mean tokens of the reader's questions and answers
-        self._answers = [] if train_dataset is None else self.rag.reader.answers(first_answers(train_dataset))
+        self._answers = (
+            [] if train_dataset is None else tokenize_answers(self.rag.reader, train_dataset, "train_dataset")
+        )
         if not args.objective_of_step.trains_retriever:
             self.rag.freeze_retriever()
         super().__init__(

@@ -7,7 +7,7 @@ the same length, and only when nothing is left of them the question; answers are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -207,35 +207,50 @@ class ReaderTokenizer:
         """Tokenise passages, as many tokens as fit into a prompt."""
         return self._plain(texts, most=self.format.field_room)
 
-    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+    def answers(self, texts: Sequence[str], *, name: Callable[[int], str] = "answer {}".format) -> list[list[int]]:
         """Tokenise answers, their end included.
 
+        Args:
+            texts: The answers.
+            name: What errors call the answer of a number.
+
         Raises:
-            DataError: If one is empty or longer than ``answer_max_length``, naming its number.
+            DataError: If one is empty, has no token that says something, or is longer than ``answer_max_length``.
         """
-        config, found = self._config, []
-        if self.format.start is None:
-            found = self._plain([config.answer_prefix + text for text in texts])
-        elif len(texts):
-            found = self.tokenizer(
-                text_target=[config.answer_prefix + text for text in texts], verbose=False, padding=False
-            )["input_ids"]  # fmt: skip
+        *found, blank = self._ended([*texts, ""])
         for number, (text, tokens) in enumerate(zip(texts, found, strict=True)):
+            if not text.strip():
+                raise DataError(
+                    name(number), expected="text", got=repr(text), cure="Leave out questions without answers."
+                )
+            if tokens == blank:
+                # Trained on, it would teach the reader to say nothing.
+                raise DataError(
+                    name(number), expected="text the reader's tokenizer has tokens for",
+                    got=f"{text[:60]!r}, all of which it drops", cure="Correct the answer, or leave the question out.",
+                )  # fmt: skip
+            if len(tokens) > self.format.answer_room:
+                raise DataError(
+                    name(number), expected=f"at most {self.format.answer_room} tokens, its end included",
+                    got=f"{len(tokens)} tokens: {text[:60]!r}",
+                    cure="Raise answer_max_length (answers are never cut), or leave the question out.",
+                )  # fmt: skip
+        return found
+
+    def _ended(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenise what is written after a prompt, from after the token it starts from to its end."""
+        prefixed = [self._config.answer_prefix + text for text in texts]
+        found: list[list[int]]
+        if self.format.start is None:
+            found = self._plain(prefixed)
+        else:
+            found = self.tokenizer(text_target=prefixed, verbose=False, padding=False)["input_ids"]
+        for tokens in found:
             if tokens and tokens[0] == self.format.start:
                 # Decoders start from it anyway.
                 del tokens[0]
             if not tokens or tokens[-1] != self.format.end:
                 tokens.append(self.format.end)
-            if not text.strip():
-                raise DataError(
-                    f"answer {number}", expected="text", got=repr(text), cure="Leave out questions without answers."
-                )
-            if len(tokens) > self.format.answer_room:
-                raise DataError(
-                    f"answer {number}", expected=f"at most {self.format.answer_room} tokens, its end included",
-                    got=f"{len(tokens)} tokens: {text[:60]!r}",
-                    cure="Raise answer_max_length (answers are never cut), or leave the question out.",
-                )  # fmt: skip
         return found
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
