@@ -387,6 +387,12 @@ def test_evaluate_reports_what_training_would_search(tiny_encoder: str, data: Re
     several = trainer.evaluate({"dev": data.dev, "test": data.test})
     assert "eval_dev_mrr@10" in several and "eval_test_mrr@10" in several
     assert trainer.cost["final_target_passes"] == 0
+    with pytest.raises(ConfigurationError, match=r"evaluate: expected a split, or the name .*; got 'dev'"):
+        trainer.evaluate("dev")
+    trainer.eval_dataset = {"dev": data.dev}
+    assert trainer.evaluate("dev")["eval_mrr@10"] == several["eval_dev_mrr@10"]
+    with pytest.raises(ConfigurationError, match="predict: expected evaluate"):
+        trainer.predict(data.test)
 
 
 def test_pairs_in_sentence_transformers_columns_need_no_targets(tiny_encoder: str, tmp_path: Path) -> None:

@@ -122,3 +122,19 @@ def test_nothing_to_read_and_wrong_arguments_are_refused(tiny_encoder: str) -> N
         NearestPassages(TensorVectors(torch.zeros(2, 32)), [[1]], k=1)
     with pytest.raises(ConfigurationError, match="a method among"):
         GenerationOptions("quick")
+
+
+def test_one_text_is_not_taken_for_a_list_of_letters(tiny_encoder: str) -> None:
+    model = rag_of(tiny_encoder)
+    with pytest.raises(DataError, match="questions: expected a list of texts; got one text"):
+        model.generate("abc", nearest(model))
+    with pytest.raises(DataError, match="answers: expected a list of texts"):
+        model.answer_log_likelihoods(["a", "b"], "xy", nearest(model))
+
+
+def test_a_readers_own_wishes_for_more_answers_do_not_break_ours(tiny_encoder: str) -> None:
+    model = rag_of(tiny_encoder)
+    plain = model.generate(QUESTIONS, nearest(model), options=GenerationOptions(num_beams=2))
+    model.generator.generation_config.num_return_sequences = 2
+    model.generator.generation_config.return_dict_in_generate = True
+    assert model.generate(QUESTIONS, nearest(model), options=GenerationOptions(num_beams=2)) == plain

@@ -163,6 +163,8 @@ def likelihoods_of_answers(
             "answers", expected="one for each of at least one question", got=f"{len(answers)} for {len(questions)}",
             cure="Give as many answers as questions.",
         )  # fmt: skip
+    _check_list("questions", questions)
+    _check_list("answers", answers)
     wanted = model.reader.answers(answers)
     found = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]()
     with model.evaluating(options.compute_dtype):
@@ -174,6 +176,12 @@ def likelihoods_of_answers(
             found.append((marginal_log_likelihood(part.log_prior, each, mask), each, part.log_prior, rows))
     marginal, each, prior, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
     return AnswerLikelihoods(marginal, each, prior, rows, torch.tensor([len(one) for one in wanted]))
+
+
+def _check_list(name: str, texts: Sequence[str]) -> None:
+    """Refuse one text, whose letters would be taken for texts."""
+    if isinstance(texts, str):
+        raise DataError(name, expected="a list of texts", got=f"one text, {texts[:40]!r}", cure="Put it into a list.")
 
 
 def generate_answers(
@@ -189,8 +197,9 @@ def generate_answers(
         options: How answers are found.
 
     Raises:
-        DataError: If a question gets no passage.
+        DataError: If a question gets no passage, or one text is given instead of several.
     """
+    _check_list("questions", questions)
     options = GenerationOptions() if options is None else options
     answered = list[AnsweredQuestion]()
     with model.evaluating(options.compute_dtype):
@@ -269,6 +278,8 @@ def _write(
     config = GenerationConfig(
         max_new_tokens=style.answer_room, do_sample=False, num_beams=options.num_beams, eos_token_id=style.end,
         pad_token_id=style.pad, decoder_start_token_id=style.start,
+        # One answer a prompt, as a tensor, whatever the reader's own configuration says.
+        num_return_sequences=1, return_dict_in_generate=False,
     )  # fmt: skip
     for rows in by_length(torch.tensor([len(one) for one in prompts]), options.batch_size):
         batch = _padded([prompts[row] for row in rows.tolist()], style)

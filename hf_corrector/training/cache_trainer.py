@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -253,16 +253,27 @@ class CacheTrainer(CheckpointingTrainer):
 
     # ------------------------------------------------------------------ judgement
 
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: what transformers means by it has no sense here.
+
+        Raises:
+            ConfigurationError: Always, naming what to call instead.
+        """
+        raise ConfigurationError(
+            "predict", expected="evaluate(split) for metrics, or the model's own methods for vectors and answers",
+            got="predict()", cure="Call trainer.evaluate(split); trainer.encoder has encode_query and encode_target.",
+        )  # fmt: skip
+
     def evaluate(
         self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measure the quality on one split or several, and log it; see :meth:`quality_of`.
 
         Args:
-            eval_dataset: Queries; the trainer's own if not given.
+            eval_dataset: Queries, or the name of one of the trainer's own splits; its own if not given.
             ignore_keys: Not used; part of transformers' signature.
             metric_key_prefix: Put before the names of the metrics.
 
@@ -270,6 +281,14 @@ class CacheTrainer(CheckpointingTrainer):
             ``{"eval_mrr@10": …, "eval_recall@10": …, …}``.
         """
         split = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(split, str):
+            own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if split not in own:
+                raise ConfigurationError(
+                    "evaluate", expected=f"a split, or the name of one of the trainer's: {sorted(own)}",
+                    got=repr(split), cure="Pass the split itself, or give the trainer eval_dataset={name: split}.",
+                )  # fmt: skip
+            split = own[split]
         if isinstance(split, dict):
             metrics: dict[str, float] = {}
             for name, one in split.items():
