@@ -404,12 +404,20 @@ def test_pairs_in_sentence_transformers_columns_need_no_targets(tiny_encoder: st
 
 
 def test_separate_towers_and_bf16_train(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
-    model = DualEncoderModel.from_encoder(tiny_encoder, separate_towers=True, projection_dim=8)
-    args = arguments(tmp_path, bf16=True, share_negatives=False, num_negatives=3, sampling_correction=True)
-    trainer = DualEncoderTrainer(model, args, train_dataset=data.train, targets=data.corpus)
-    trainer.train()
+    first = []
+    for half in (False, True):
+        torch.manual_seed(0)  # projections are drawn
+        model = DualEncoderModel.from_encoder(tiny_encoder, separate_towers=True, projection_dim=8)
+        args = arguments(
+            tmp_path / str(half), bf16=half, share_negatives=False, num_negatives=3, sampling_correction=True,
+            negatives="uniform", logging_steps=1,
+        )  # fmt: skip
+        trainer = DualEncoderTrainer(model, args, train_dataset=data.train, targets=data.corpus)
+        trainer.train()
+        first.append(next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
     assert trainer.live_cache.cache.dim == 8
     assert trainer.live_cache.cache.fingerprint.compute_dtype == "bfloat16"
+    assert first[1] != first[0] and first[1] == pytest.approx(first[0], rel=0.02)
     assert all(np.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
 
 
