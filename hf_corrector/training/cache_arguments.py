@@ -150,6 +150,7 @@ class CacheTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check values and combinations (ConfigurationError) before any work is done."""
+        argument_checks.check_launcher(self)
         if not torch.accelerator.is_available() or torch.backends.mps.is_available():
             # Without an accelerator this is what happens anyway, but transformers wants it said before it allows bf16;
             # Apple's has no float64, which exact sums of probabilities need.
