@@ -21,7 +21,7 @@ from hf_corrector.errors import CacheMismatchError, CheckpointError, Configurati
 from hf_corrector.models import CorrectorModel, DualEncoderModel
 from hf_corrector.side_features import DenseSide, TokenCounts
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
-from hf_corrector.training.checkpointing import COMPLETE_MARKER, newest_complete_checkpoint
+from hf_corrector.training.checkpoint_files import COMPLETE_MARKER, newest_complete_checkpoint
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
 COLOURS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")

@@ -16,7 +16,7 @@ import torch
 from cache_helpers import folder_in_memory
 from kill_helpers import EVENTS, RESULT, Ended, Run, differences, drawn_in, train_apart
 
-from hf_corrector.training.checkpointing import COMPLETE_MARKER, remove_folder, remove_old_checkpoints
+from hf_corrector.training.checkpoint_files import COMPLETE_MARKER, remove_folder, remove_old_checkpoints
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "affine": {},

@@ -27,7 +27,7 @@ from hf_corrector.records import EncoderFingerprint, FittedTargets
 from hf_corrector.scans import BlockScan, PooledScan, ScanPlan, ShortlistScan, TargetScan, stale_index
 from hf_corrector.training.ages import Ages
 from hf_corrector.training.cache_arguments import CacheTrainingArguments
-from hf_corrector.training.checkpointing import remove_folder
+from hf_corrector.training.checkpoint_files import remove_folder
 from hf_corrector.training.corrector_exchange import send_corrector
 from hf_corrector.training.corrector_fit import CorrectorFitting
 from hf_corrector.training.corrector_trainer import OnlineCorrector, OnlineTargets

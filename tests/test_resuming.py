@@ -1,0 +1,102 @@
+"""What a run can be resumed from: the whole checkpoint of the same run, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from hf_corrector.data.pairs import from_pairs
+from hf_corrector.data.retrieval import RetrievalData
+from hf_corrector.errors import CheckpointError
+from hf_corrector.models import DualEncoderModel
+from hf_corrector.training.arguments import DualEncoderTrainingArguments
+from hf_corrector.training.cache_trainer import CacheTrainer
+from hf_corrector.training.checkpoint_files import COMPLETE_MARKER
+from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
+
+COLOURS = ("red", "green", "blue", "black", "white", "grey")
+THINGS = ("cat", "dog", "house", "tree", "river", "stone")
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "seed": 3, "max_steps": 4, "use_cpu": True}
+
+
+@pytest.fixture(scope="module")
+def data() -> RetrievalData:
+    pairs = [(colour, thing) for colour in COLOURS for thing in THINGS]
+    rows = [{"anchor": f"find the {one} {two}", "positive": f"the {two} is {one}"} for one, two in pairs]
+    return from_pairs(Dataset.from_list(rows), dev_fraction=0.2, test_fraction=0.2)
+
+
+def trainer_of(encoder: str, data: RetrievalData, out: Path, **changes: Any) -> DualEncoderTrainer:
+    settings = {
+        "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": [], "disable_tqdm": True,
+        "corrector_warmup_steps": 1, "corrector_update_steps": 2, **SAVING, **changes,
+    }  # fmt: skip
+    model = DualEncoderModel.from_encoder(encoder, separate_towers=not settings.get("train_targets", True))
+    args = DualEncoderTrainingArguments(str(out), **settings)
+    return DualEncoderTrainer(model, args, train_dataset=data.train, targets=data.corpus)
+
+
+def refusal(trainer: CacheTrainer, checkpoint: Path) -> str:
+    """Return why a run does not go on from a checkpoint, having cost no pass of the encoder."""
+    with pytest.raises(CheckpointError) as caught:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert sum(trainer.cost.values()) == 0
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def written(tiny_encoder: str, data: RetrievalData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with a corrector, and with targets held out."""
+    out = tmp_path_factory.mktemp("run")
+    trainer = trainer_of(tiny_encoder, data, out)
+    trainer.hold_out(data.dev)
+    trainer.train()
+    return out
+
+
+# ---------------------------------------------------------------------- whole checkpoints
+
+
+OF_A_RUN = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"), [*((one, True) for one in (*OF_A_RUN, "config.json")), *((one, False) for one in OF_A_RUN)]
+)
+def test_a_checkpoint_that_lacks_a_file_is_refused_by_its_name(
+    tiny_encoder: str, data: RetrievalData, written: Path, tmp_path: Path, name: str, listed: bool
+) -> None:
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(written / "checkpoint-2", checkpoint)
+    (checkpoint / name).unlink()
+    if not listed:
+        (checkpoint / COMPLETE_MARKER).write_bytes(b"")
+    message = refusal(trainer_of(tiny_encoder, data, tmp_path), checkpoint)
+    assert f"got no {name}" in message and "Put back" in message
+
+
+def test_a_checkpoint_of_an_earlier_version_that_has_all_files_is_resumed(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    trainer_of(tiny_encoder, data, tmp_path).train()
+    (tmp_path / "checkpoint-2" / COMPLETE_MARKER).write_bytes(b"")
+    again = trainer_of(tiny_encoder, data, tmp_path)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_resumed_even_beside_an_older_optimiser(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path
+) -> None:
+    trainer_of(tiny_encoder, data, tmp_path).train()
+    trainer_of(tiny_encoder, data, tmp_path, save_only_model=True).train()
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    trainer = trainer_of(tiny_encoder, data, tmp_path, save_only_model=True)
+    with pytest.raises(CheckpointError, match=r"save_only_model=True.*from_pretrained"):
+        trainer.train(resume_from_checkpoint=True)
+    assert DualEncoderModel.from_pretrained(str(tmp_path / "checkpoint-2")).encode_query(["a"]).shape == (1, 32)
