@@ -165,6 +165,14 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
         self.judged = {}
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        """What a checkpoint must have been written with, the reader and how it is asked included."""
+        config = self.rag.config
+        reader = {"reader": type(self.rag.generator).__name__, "learn_scale": config.learn_scale}
+        asked = {name: getattr(config, name) for name in ("prompt", "reader_max_length", "answer_max_length")}
+        return {**super().resume_settings, **reader, **asked}
+
     def run_record(self) -> RunRecord:
         """Return what is known of the run so far, of its reader and of its judgement too."""
         record = super().run_record()

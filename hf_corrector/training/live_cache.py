@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -284,8 +285,8 @@ class LiveCache:
             encoder.to_dict(), None if side is None else side_details(self.cache, side) or None,
         ).save(folder)  # fmt: skip
 
-    def save(self, folder: Path, cost: dict[str, int]) -> None:
-        """Write into a checkpoint which caches are in use, and the corrector's pairs."""
+    def save(self, folder: Path, known: dict[str, Any]) -> None:
+        """Write into a checkpoint which caches are in use, the corrector's pairs, and what the trainer knows."""
         if self._scan is not None:
             # A resumed run corrects all targets anew, so this one does too.
             self._scan.renew()
@@ -301,8 +302,7 @@ class LiveCache:
             {"path": os.path.relpath(one.path.resolve(), folder.resolve()), "checksum": one.manifest.checksum}
             for one in (self.first, self.cache)
         ]
-        state = {"cost": cost, "caches": named, "settings": self._args.resume_settings, "from_start": self._from_start}
-        write_json(folder / STATE_FILE, state)
+        write_json(folder / STATE_FILE, {**known, "caches": named, "from_start": self._from_start})
 
     @classmethod
     def reopen(
@@ -319,13 +319,7 @@ class LiveCache:
             CheckpointError: If a cache is gone or was replaced.
         """
         state = read_json(folder / STATE_FILE)
-        named, settings = state["caches"], args.resume_settings
-        if state["settings"] != settings:
-            raise CheckpointError(
-                str(folder), expected=f"the arguments it was written with, {state['settings']}", got=str(settings),
-                cure="Resume with the same arguments, or train from the start.",
-            )  # fmt: skip
-        first, current = (_open_named(folder, entry) for entry in (named[0], named[-1]))
+        first, current = (_open_named(folder, state["caches"][place]) for place in (0, -1))
         live = cls(current, model, args, first=first, held_out=held_out, from_start=state["from_start"])
         tensors = load_file(folder / STATE_TENSORS)
         if live.online is not None:
