@@ -166,3 +166,16 @@ def test_negatives_of_a_query_are_counted_and_a_run_without_any_is_told_once(
     assert [entry["negatives_per_query"] for entry in entries] == [expected] * 3
     assert all((entry["loss"] == 0) == (expected == 0) for entry in entries)
     assert caplog.text.count("trains on nothing") == (expected == 0)
+
+
+@pytest.mark.parametrize(("budget", "chosen"), [(1.0, "full"), (0.0, "amortised")])
+def test_an_automatic_choice_that_is_not_all_targets_as_they_are_is_warned_of_once(
+    tiny_encoder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, budget: float,
+    chosen: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("hf_corrector.scans.choice.UNNOTICED_SECONDS", 0.0)
+    with caplog.at_level(logging.WARNING, logger="hf_corrector"):
+        trainer = trained(tiny_encoder, tmp_path, scan="auto", scan_budget=budget, max_steps=3)
+    assert f"chose '{chosen}'" in trainer.scan_said
+    assert caplog.text.count(trainer.scan_said) == (chosen != "full")
+    assert trainer.run_record().arguments["scan_chosen"] == trainer.scan_said
