@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,21 @@ def test_a_checkpoint_of_an_earlier_version_that_has_all_files_is_resumed(
     again = trainer_of(tiny_encoder, data, tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert again.state.global_step == 4
+
+
+def test_other_numbers_of_processes_are_told_that_they_cannot_repeat_all(
+    tiny_encoder: str, data: RetrievalData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer_of(tiny_encoder, data, tmp_path).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / COMPLETE_MARKER).write_bytes(b"")
+    with caplog.at_level(logging.WARNING, logger="hf_corrector"):
+        trainer_of(tiny_encoder, data, tmp_path).train(resume_from_checkpoint=str(checkpoint))
+        assert "go on from it" not in caplog.text
+        (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+        shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
+        trainer_of(tiny_encoder, data, tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    assert "written by 2 processes, and 1 go on" in caplog.text
 
 
 def test_a_checkpoint_of_the_model_alone_is_not_resumed_even_beside_an_older_optimiser(

@@ -79,12 +79,13 @@ def mark_complete(folder: Path, *, step: int, only_model: bool) -> None:
     write_json(folder / COMPLETE_MARKER, {"global_step": step, "save_only_model": only_model, "files": files})
 
 
-def check_complete(folder: Path, *, sharded: bool) -> None:
+def check_complete(folder: Path, *, sharded: bool, processes: int) -> None:
     """Refuse a checkpoint that a run cannot be resumed from, instead of going on with a new optimiser.
 
     Args:
         folder: The checkpoint.
         sharded: Whether the run that is to go on has its weights in shards.
+        processes: How many it has; with others than before it goes on, but not bit for bit, and says so.
 
     Raises:
         CheckpointError: If it was not written to its end, lacks a file, or was saved without the optimiser's state.
@@ -114,6 +115,12 @@ def check_complete(folder: Path, *, sharded: bool) -> None:
     missing = [name for name in dict.fromkeys(needed) if not (folder / name).exists()]
     if not any(folder.glob("rng_state*.pth")):
         missing.append("rng_state.pth")
+    states = len(list(folder.glob("rng_state*.pth")))
+    if states and states != processes:
+        logger.warning(
+            f"{folder} was written by {states} processes, and {processes} go on from it: the same targets are drawn, "
+            "but dropout is not the same, and sums are rounded in another order."
+        )
     if missing:
         raise CheckpointError(
             str(folder), expected="all files the checkpoint was written with", got=f"no {', no '.join(missing)}",

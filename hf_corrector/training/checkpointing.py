@@ -109,7 +109,7 @@ class CheckpointingTrainer(Trainer):
 
     def _check_checkpoint(self, folder: Path) -> None:
         """Refuse a checkpoint that this run cannot go on from exactly, before anything is read of it."""
-        check_complete(folder, sharded=self.is_fsdp_enabled)
+        check_complete(folder, sharded=self.is_fsdp_enabled, processes=world_size())
         adapted = isinstance(self.model, PeftModel)
         try:
             check_folder(folder, adapted=adapted)
