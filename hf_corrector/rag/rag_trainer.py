@@ -54,7 +54,8 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
 
     Judgements are not used: the answer is the only supervision, and known positives are candidates like all others.
 
-    With ``objective="generator_only"`` the retriever is frozen and passages come from the cache as it is.
+    With ``objective="generator_only"`` the retriever is frozen and passages come from the cache as it is, or seen
+    through the fitted corrector that the model brings for a ``target_cache``.
 
     Args:
         model: Retriever and reader; its retriever gets a corrector where ``args`` ask for one.
@@ -202,7 +203,7 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
             with self.step_log.phase("sampling"):
                 choice = self._chooser.choose(
                     queries, inputs["query_rows"], scan=scan, step=step, scale=self.encoder.config.scale,
-                    cached=live.cache.gather,
+                    cached=live.read_fixed,
                 )  # fmt: skip
             chosen.append(choice)
             return choice.part

@@ -182,6 +182,11 @@ class CacheTrainingArguments(TrainingArguments):
         raise NotImplementedError
 
     @property
+    def encodes_targets(self) -> bool:
+        """Whether the targets of a step are encoded anew and trained."""
+        return self.train_targets
+
+    @property
     def texts_per_query(self) -> int:
         """Texts the encoder encodes for a query in a step, itself included."""
         return 1 + self.candidates_per_query if self.train_targets else 1

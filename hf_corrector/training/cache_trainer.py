@@ -321,7 +321,8 @@ class CacheTrainer(CheckpointingTrainer):
     @property
     def resume_settings(self) -> dict[str, Any]:
         """What a checkpoint must have been written with for this run to go on from it, by name."""
-        return self.args.resume_settings
+        fixed = self.encoder.corrector is not None and not self.args.uses_corrector
+        return {**self.args.resume_settings, "fixed_corrector": fixed}
 
     def check_extra_state(self, folder: Path) -> None:
         """Refuse a checkpoint of other arguments, or with other targets held out (CheckpointError)."""
