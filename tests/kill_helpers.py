@@ -28,7 +28,7 @@ from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.rag.passages import RetrievedTargets
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.cache_trainer import CacheTrainer
-from hf_corrector.training.checkpointing import COMPLETE_MARKER
+from hf_corrector.training.checkpoint_files import COMPLETE_MARKER
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 
 COLOURS = ("red", "green", "blue", "black", "white", "grey", "pink")

@@ -97,6 +97,33 @@ def test_an_adapter_that_could_not_be_trained_further_is_refused_before_any_targ
     assert not (tmp_path / "out" / "cache").exists() and not (tmp_path / "out" / "tokens").exists()
 
 
+def test_a_run_that_was_cut_off_goes_on_from_its_last_checkpoint(
+    folder: Path, tiny_encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "train", "--data", str(folder), "--model", tiny_encoder, "--max_steps", "6", "--output_dir", str(tmp_path),
+        "--save_strategy", "steps", "--save_steps", "2", "--per_device_train_batch_size", "8", "--report_to", "none",
+        "--corrector_warmup_steps", "1", "--corrector_update_steps", "2", "--use_cpu", "true", "--quiet",
+    ]  # fmt: skip
+    assert main([*command, "--resume_from_checkpoint", "True"]) == 1
+    assert "a complete checkpoint" in capsys.readouterr().err
+    assert main(command) == 0
+    whole = {one: (tmp_path / one).read_bytes() for one in ("model.safetensors", "corrector/model.safetensors")}
+    cost = json.loads((tmp_path / "run.json").read_text())["cost"]
+    # As if killed between its fourth step and the fifth.
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    for name in ("run.json", *whole):
+        (tmp_path / name).unlink()
+    assert main([*command, "--resume_from_checkpoint", "True"]) == 0
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["cost"] == cost
+    assert {one: (tmp_path / one).read_bytes() for one in whole} == whole
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "run.json").unlink()
+    assert main([*command, "--resume_from_checkpoint", "True", "--num_negatives", "2"]) == 1
+    assert "num_negatives=1; got num_negatives=2" in capsys.readouterr().err
+
+
 def test_embed_then_verify_then_search(
     folder: Path, tiny_encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -370,6 +370,7 @@ def test_questions_that_cannot_be_evaluated_on_are_refused_before_any_work(
         ({"objective_temperature": 0.0}, "objective_temperature"),
         ({"staleness": "refresh"}, "refresh_steps"),
         ({"drift_bound": 0.1, "objective": "generator_only"}, "drift_bound"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str, Any], error: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from cache_helpers import folder_in_memory
 from kill_helpers import EVENTS, RESULT, Ended, Run, differences, drawn_in, train_apart
 
-from hf_corrector.training.checkpointing import COMPLETE_MARKER, remove_folder, remove_old_checkpoints
+from hf_corrector.training.checkpoint_files import COMPLETE_MARKER, remove_folder, remove_old_checkpoints
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "affine": {},
@@ -26,6 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "refreshed and corrected, accumulated": {"refresh_steps": "5", "gradient_accumulation_steps": 2},
     "reranked, pooled": {"staleness": "rerank", "rerank_candidates": 6, "scan": "pooled", "scan_pool": 20},
     "logged later, shortlist": {"logging_steps": 5, "save_steps": 3, "scan": "shortlist", "scan_shortlist": 10},
+    # An epoch has six batches, the second step of each only two of them.
+    "partly accumulated": {"gradient_accumulation_steps": 4, "save_steps": 1},
     "adapter": {"mini_batch_size": 3},
     "reader, drawn passages": {"max_steps": 7, "passages": "softmax", "generator_mini_batch_size": 9},
 }

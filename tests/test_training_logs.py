@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 from hf_corrector.training.step_log import StepLog
 
 OF_TRANSFORMERS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
-MEANS = {"cosine_stale_fresh", "cosine_corrected_fresh", "residual_uniform", "sampling_tv"}
+MEANS = {"cosine_stale_fresh", "cosine_corrected_fresh", "residual_uniform", "sampling_tv", "negatives_per_query"}
 
 
 def trained(encoder: str, out: Path, **changes: Any) -> DualEncoderTrainer:
@@ -116,7 +117,7 @@ def test_what_does_not_exist_is_not_logged(tiny_encoder: str, tmp_path: Path) ->
     assert not any("snapshot_age" in entry for entry in full)
     bare = logged(trained(tiny_encoder, tmp_path / "bare", staleness="ignore", negatives="in_batch"))
     names = set().union(*bare)
-    assert not names & (MEANS | {"pair_age", "snapshot_age", "share_corrector"})
+    assert not names & (MEANS - {"negatives_per_query"} | {"pair_age", "snapshot_age", "share_corrector"})
     assert bare[-1]["passes_train_target"] == bare[-1]["passes_query"] > 0
 
 
@@ -145,3 +146,36 @@ def test_tensorboard_gets_every_number_of_every_step(tiny_encoder: str, tmp_path
         found = found[: len(expected)]  # the summary at the end tells the epoch once more
         assert [step for step, _ in found] == [step for step, _ in expected]
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"negatives": "in_batch", "staleness": "ignore"}, 7.0),
+        ({"share_negatives": False}, 2.0),
+        ({"max_score": -2.0, "share_negatives": False}, 0.0),
+        ({"negatives": "in_batch", "staleness": "ignore", "per_device_train_batch_size": 1}, 0.0),
+    ],
+    ids=["shared", "own", "all filtered", "one by one"],
+)
+def test_negatives_of_a_query_are_counted_and_a_run_without_any_is_told_once(
+    tiny_encoder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], expected: float
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="hf_corrector"):
+        entries = logged(trained(tiny_encoder, tmp_path, uniform_fraction=0.0, max_steps=3, **changes))
+    assert [entry["negatives_per_query"] for entry in entries] == [expected] * 3
+    assert all((entry["loss"] == 0) == (expected == 0) for entry in entries)
+    assert caplog.text.count("trains on nothing") == (expected == 0)
+
+
+@pytest.mark.parametrize(("budget", "chosen"), [(1.0, "full"), (0.0, "amortised")])
+def test_an_automatic_choice_that_is_not_all_targets_as_they_are_is_warned_of_once(
+    tiny_encoder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, budget: float,
+    chosen: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("hf_corrector.scans.choice.UNNOTICED_SECONDS", 0.0)
+    with caplog.at_level(logging.WARNING, logger="hf_corrector"):
+        trainer = trained(tiny_encoder, tmp_path, scan="auto", scan_budget=budget, max_steps=3)
+    assert f"chose '{chosen}'" in trainer.scan_said
+    assert caplog.text.count(trainer.scan_said) == (chosen != "full")
+    assert trainer.run_record().arguments["scan_chosen"] == trainer.scan_said

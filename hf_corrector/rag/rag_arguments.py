@@ -147,9 +147,3 @@ class RetrievalAugmentedTrainingArguments(CacheTrainingArguments):
     def needs_cache(self) -> bool:
         """Whether training reads cached target vectors at all."""
         return self.num_passages > 0
-
-    @property
-    def resume_settings(self) -> dict[str, str]:
-        """The arguments a checkpoint's state depends on; it cannot be resumed with others."""
-        own = {"objective": self.objective, "passages": self.passages, "num_passages": str(self.num_passages)}
-        return {**own, **super().resume_settings}

@@ -54,7 +54,8 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
 
     Judgements are not used: the answer is the only supervision, and known positives are candidates like all others.
 
-    With ``objective="generator_only"`` the retriever is frozen and passages come from the cache as it is.
+    With ``objective="generator_only"`` the retriever is frozen and passages come from the cache as it is, or seen
+    through the fitted corrector that the model brings for a ``target_cache``.
 
     Args:
         model: Retriever and reader; its retriever gets a corrector where ``args`` ask for one.
@@ -160,6 +161,14 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
         self.judged = {}
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        """What a checkpoint must have been written with, the reader and how it is asked included."""
+        config = self.rag.config
+        reader = {"reader": type(self.rag.generator).__name__, "learn_scale": config.learn_scale}
+        asked = {name: getattr(config, name) for name in ("prompt", "reader_max_length", "answer_max_length")}
+        return {**super().resume_settings, **reader, **asked}
+
     def run_record(self) -> RunRecord:
         """Return what is known of the run so far, of its reader and of its judgement too."""
         record = super().run_record()
@@ -189,7 +198,7 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
             with self.step_log.phase("sampling"):
                 choice = self._chooser.choose(
                     queries, inputs["query_rows"], scan=scan, step=step, scale=self.encoder.config.scale,
-                    cached=live.cache.gather,
+                    cached=live.read_fixed,
                 )  # fmt: skip
             chosen.append(choice)
             return choice.part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import DistributedType
+from accelerate.utils import parse_flag_from_env
 from transformers.trainer_utils import HubStrategy
 
 from hf_corrector.errors import ConfigurationError
@@ -74,6 +74,15 @@ def check_ranges(ranges: dict[str, tuple[float | None, float, float]]) -> None:
         if value is not None and not least <= value <= most:
             span = f"at least {least:g}" if most > 1e6 else f"{least:g} to {most:g}"
             refuse(name, expected=span, got=value, cure="Give a number in that range.")
+
+
+def check_launcher(args: Arguments) -> None:
+    """Refuse DeepSpeed (ConfigurationError); called before transformers looks for a package that need not be there."""
+    if args.deepspeed is not None or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        refuse(
+            "deepspeed", expected="DistributedDataParallel or FSDP2", got="DeepSpeed",
+            cure="Leave deepspeed out and start with examples/accelerate/ddp.yaml, or with fsdp2.yaml for shards.",
+        )  # fmt: skip
 
 
 def _check_choices(args: Arguments) -> None:
@@ -178,11 +187,6 @@ def _check_encoder(args: Arguments) -> None:
             "staleness", expected="'ignore' with train_targets=False: frozen targets do not go stale",
             got=repr(args.staleness), cure="Use staleness='ignore'.",
         )  # fmt: skip
-    if args.deepspeed is not None or args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
-        refuse(
-            "deepspeed", expected="DistributedDataParallel", got="DeepSpeed",
-            cure="Start with examples/accelerate/ddp.yaml; mini_batch_size and adapters save more memory than shards.",
-        )  # fmt: skip
     check_sharding(args)
     if args.fp16 and args.device.type == "cpu":
         refuse(
@@ -221,6 +225,11 @@ def _check_upstream(args: Arguments) -> None:
         refuse(
             "hub_strategy", expected="'end': the model and its card are pushed when it is saved", got=args.hub_strategy,
             cure="Leave hub_strategy out, and push checkpoints by 'hf-corrector push FOLDER REPO_ID'.",
+        )  # fmt: skip
+    if args.label_smoothing_factor:
+        refuse(
+            "label_smoothing_factor", expected="0: the losses here have no smoothed labels",
+            got=args.label_smoothing_factor, cure="Leave it out.",
         )  # fmt: skip
     if args.remove_unused_columns:
         refuse("remove_unused_columns", expected="False", got="True", cure="Leave it out.")

@@ -106,8 +106,3 @@ class DualEncoderTrainingArguments(CacheTrainingArguments):
     def warms_up_uniformly(self) -> bool:
         """Whether negatives are chosen by chance while the corrector is not used yet."""
         return self.warmup_negatives == "uniform"
-
-    @property
-    def resume_settings(self) -> dict[str, str]:
-        """The arguments a checkpoint's state depends on; it cannot be resumed with others."""
-        return {"negatives": self.negatives, **super().resume_settings}

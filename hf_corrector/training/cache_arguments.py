@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -17,6 +18,14 @@ from hf_corrector.training.argument_checks import (
     SCANS,
     STALENESS,
 )
+
+# Where things are, and what takes more or less memory for the same results but for rounding. The reader's learning rate
+# is, as the encoder's, read from the checkpoint.
+_MAY_CHANGE = ("cache_dir", "token_budget", "mini_batch_size", "generator_mini_batch_size", "generator_learning_rate")
+_SETTINGS_OF_TRANSFORMERS = (
+    "seed", "data_seed", "gradient_accumulation_steps", "bf16", "fp16", "optim", "train_sampling_strategy",
+    "dataloader_drop_last",
+)  # fmt: skip
 
 
 @dataclass
@@ -150,6 +159,7 @@ class CacheTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check values and combinations (ConfigurationError) before any work is done."""
+        argument_checks.check_launcher(self)
         if not torch.accelerator.is_available() or torch.backends.mps.is_available():
             # Without an accelerator this is what happens anyway, but transformers wants it said before it allows bf16;
             # Apple's has no float64, which exact sums of probabilities need.
@@ -170,6 +180,11 @@ class CacheTrainingArguments(TrainingArguments):
     def candidates_per_query(self) -> int:
         """Targets chosen for a query."""
         raise NotImplementedError
+
+    @property
+    def encodes_targets(self) -> bool:
+        """Whether the targets of a step are encoded anew and trained."""
+        return self.train_targets
 
     @property
     def texts_per_query(self) -> int:
@@ -202,10 +217,16 @@ class CacheTrainingArguments(TrainingArguments):
         return False
 
     @property
-    def resume_settings(self) -> dict[str, str]:
-        """The arguments a checkpoint's state depends on; it cannot be resumed with others."""
-        return {
-            "staleness": self.staleness,
-            "corrector_kind": self.corrector_kind if self.uses_corrector else "none",
-            "corrector_side": str(self.corrector_side) if self.uses_corrector else "none",
-        }
+    def resume_settings(self) -> dict[str, Any]:
+        """The arguments that decide what a run computes, by name; a checkpoint cannot be resumed with others.
+
+        Transformers' own may change where it lets them: number of steps, schedule, logging, saving.
+        """
+        inherited = {one.name for one in fields(TrainingArguments)}
+        own = [one.name for one in fields(self) if one.name not in inherited and one.name not in _MAY_CHANGE]
+        settings = {name: getattr(self, name) for name in (*own, *_SETTINGS_OF_TRANSFORMERS)}
+        if not self.uses_corrector:
+            settings |= {name: "none" for name in own if name.startswith("corrector_")}
+        # Shared negatives and draws are those of all processes together, whatever their number.
+        settings["per_device_train_batch_size * processes"] = self.train_batch_size * self.world_size
+        return settings

@@ -33,6 +33,7 @@ from hf_corrector.training.judging import RunJudge
 from hf_corrector.training.live_cache import STATE_FILE, LiveCache, encode_options_of
 from hf_corrector.training.refresh_schedule import RefreshSchedule
 from hf_corrector.training.run_record import RunContext, RunState, record_of
+from hf_corrector.training.same_run import check_held_out, check_settings, note_of_rows
 from hf_corrector.training.sharding import prepare_sharding
 from hf_corrector.training.target_source import TargetSource
 
@@ -336,12 +337,27 @@ class CacheTrainer(CheckpointingTrainer):
 
     # ------------------------------------------------------------------ checkpoints
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        """What a checkpoint must have been written with for this run to go on from it, by name."""
+        fixed = self.encoder.corrector is not None and not self.args.uses_corrector
+        return {**self.args.resume_settings, "fixed_corrector": fixed}
+
+    def check_extra_state(self, folder: Path) -> None:
+        """Refuse a checkpoint of other arguments, or with other targets held out (CheckpointError)."""
+        state = read_json(folder / STATE_FILE)
+        check_settings(folder, written=state["settings"], now=self.resume_settings)
+        held_out = note_of_rows(self._held_out)
+        if self.args.uses_corrector:
+            check_held_out(folder, written=state.get("held_out", held_out), now=held_out)
+
     def save_extra_state(self, folder: Path) -> None:
         """Write costs, caches and the corrector's pairs into a checkpoint."""
-        if self.live_cache is None and is_main():
-            write_json(folder / STATE_FILE, {"cost": self.cost, "caches": [], "settings": self.args.resume_settings})
-        elif self.live_cache is not None:
-            self.live_cache.save(folder, self.cost)
+        known = {"cost": self.cost, "settings": self.resume_settings, "held_out": note_of_rows(self._held_out)}
+        if self.live_cache is not None:
+            self.live_cache.save(folder, known)
+        elif is_main():
+            write_json(folder / STATE_FILE, {**known, "caches": []})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, tokenizers and corrector, with the encoders it leads between and the targets it was fitted on."""

@@ -21,8 +21,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,8 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from hf_corrector._distributed import all_gather_object, barrier, is_main, naming_failures, on_main, rank, world_size
 from hf_corrector._files import fsync_directory, read_json, write_json
@@ -41,76 +38,17 @@ from hf_corrector.errors import CheckpointError, ConfigurationError
 from hf_corrector.models.adapter_files import adapted_layers, check_folder
 from hf_corrector.models.adapters import check_adapter, load_adapter_extras, save_adapter_extras
 from hf_corrector.models.whole_weights import in_shards
+from hf_corrector.training.checkpoint_files import (
+    COMPLETE_MARKER,
+    check_complete,
+    flush_folder,
+    mark_complete,
+    newest_complete_checkpoint,
+    remove_old_checkpoints,
+)
 from hf_corrector.training.step_log import StepLog
 
-COMPLETE_MARKER = "COMPLETE"
 UNLOGGED_FILE = "unlogged.json"
-_REMOVED = ".removed-"
-logger = logging.get_logger(__name__)
-
-
-def newest_complete_checkpoint(output_dir: Path) -> Path | None:
-    """Return the checkpoint with the highest step that was written to its end; incomplete ones are reported."""
-    found = {}
-    for step, folder in _checkpoints(output_dir).items():
-        if (folder / COMPLETE_MARKER).exists():
-            found[step] = folder
-        else:
-            logger.warning(f"{folder} was not written to its end and is passed over.")
-    return found[max(found)] if found else None
-
-
-def _checkpoints(output_dir: Path) -> dict[int, Path]:
-    named = {one: one.name.rsplit("-", 1)[-1] for one in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    return {int(number): folder for folder, number in named.items() if number.isdigit() and folder.is_dir()}
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush all files of a folder to the disk; transformers only writes them."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        elif file.is_dir():
-            fsync_directory(file)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder under another name, so that a kill in the middle leaves no half of it that looks whole."""
-    for left in folder.parent.glob(f"{_REMOVED}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    if folder.exists():
-        shutil.rmtree(folder.rename(folder.with_name(f"{_REMOVED}{folder.name}")), ignore_errors=True)
-
-
-def remove_old_checkpoints(output_dir: Path, newest: Path, *, limit: int | None, best: str | None) -> None:
-    """Delete checkpoints until so many are left: first those not written to their end, then the oldest.
-
-    Args:
-        output_dir: The run's folder.
-        newest: The one just completed, which stays.
-        limit: How many may be left; None or 0 for all.
-        best: Another that stays.
-    """
-    if not limit or limit < 0:
-        return
-    found = list(_checkpoints(output_dir).values())
-    kept = {newest.resolve(), *([] if best is None else [Path(best).resolve()])}
-    others = [one for one in found if one.resolve() not in kept]
-    # Not by step: a run that starts again in the folder of an earlier one has lower steps, and is the newer.
-    others.sort(key=lambda one: ((one / COMPLETE_MARKER).exists(), one.stat().st_mtime))
-    for folder in others[: max(0, len(found) - limit)]:
-        remove_folder(folder)
-
-
-def _check_optimizer_file(folder: Path, *, sharded: bool) -> None:
-    """Refuse a checkpoint whose optimiser was saved the other way, by name instead of by position or the reverse."""
-    own, other = (OPTIMIZER_NAME_BIN, OPTIMIZER_NAME) if sharded else (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)
-    if (folder / other).exists() and not (folder / own).exists():
-        raise CheckpointError(
-            str(folder), expected=f"{own}, the optimiser of a run {'with' if sharded else 'without'} FSDP", got=other,
-            cure="Resume by the launcher and configuration the run was started with.",
-        )  # fmt: skip
 
 
 class CheckpointingTrainer(Trainer):
@@ -127,6 +65,9 @@ class CheckpointingTrainer(Trainer):
     def save_extra_state(self, folder: Path) -> None:
         """Write what a subclass needs beside the model into a checkpoint folder; called in every process."""
 
+    def check_extra_state(self, folder: Path) -> None:
+        """Refuse a checkpoint of another run (CheckpointError), by what :meth:`save_extra_state` wrote."""
+
     def load_extra_state(self, folder: Path) -> None:
         """Read what :meth:`save_extra_state` wrote."""
 
@@ -139,7 +80,7 @@ class CheckpointingTrainer(Trainer):
             kwargs: Handed to transformers' ``train``.
 
         Raises:
-            CheckpointError: If there is no complete checkpoint.
+            CheckpointError: If there is no complete checkpoint, or none that this run can go on from exactly.
             ConfigurationError: If the model is an adapter that could not be loaded again, or ``output_dir`` holds whole
                 models where adapters are to be written, or the other way round.
         """
@@ -154,7 +95,7 @@ class CheckpointingTrainer(Trainer):
                 )  # fmt: skip
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
-            _check_optimizer_file(Path(str(resume_from_checkpoint)), sharded=self.is_fsdp_enabled)
+            self._check_checkpoint(Path(str(resume_from_checkpoint)))
             if self.is_fsdp_enabled:
                 self._load_before_sharding(str(resume_from_checkpoint))
         with naming_failures(lambda: f"training after step {self.state.global_step}"):
@@ -165,6 +106,19 @@ class CheckpointingTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        """Refuse a checkpoint that this run cannot go on from exactly, before anything is read of it."""
+        check_complete(folder, sharded=self.is_fsdp_enabled, processes=world_size())
+        adapted = isinstance(self.model, PeftModel)
+        try:
+            check_folder(folder, adapted=adapted)
+        except ConfigurationError as error:
+            raise CheckpointError(
+                str(folder), expected=f"a checkpoint of {'an adapter' if adapted else 'a whole model'}",
+                got=error.got, cure="Resume with a model made as for the run that is resumed.",
+            ) from error  # fmt: skip
+        self.check_extra_state(folder)
 
     def _check_adapter(self) -> None:
         """Find out before the work what would make the checkpoints useless."""
@@ -212,7 +166,7 @@ class CheckpointingTrainer(Trainer):
         if not self.args.should_save:
             return
         flush_folder(folder)
-        write_json(folder / COMPLETE_MARKER, {"global_step": self.state.global_step})
+        mark_complete(folder, step=self.state.global_step, only_model=self.args.save_only_model)
         # Its own name must have reached the disk before an older one loses its.
         fsync_directory(folder.parent)
         remove_old_checkpoints(folder.parent, folder, limit=limit, best=self.state.best_model_checkpoint)
@@ -257,19 +211,6 @@ class CheckpointingTrainer(Trainer):
         if self.is_fsdp_enabled:
             return  # was read before the weights were dealt out
         folder = Path(resume_from_checkpoint)
-        if not (folder / COMPLETE_MARKER).exists():
-            raise CheckpointError(
-                str(folder), expected=f"the file {COMPLETE_MARKER}, written last", got="none",
-                cure="Resume from an older checkpoint; this one was not written to its end.",
-            )  # fmt: skip
-        adapted = isinstance(self.model, PeftModel)
-        try:
-            check_folder(folder, adapted=adapted)
-        except ConfigurationError as error:
-            raise CheckpointError(
-                str(folder), expected=f"a checkpoint of {'an adapter' if adapted else 'a whole model'}",
-                got=error.got, cure="Resume with a model made as for the run that is resumed.",
-            ) from error  # fmt: skip
         if isinstance(self.model, PeftModel):
             load_adapter_extras(folder, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import Dataset
+from transformers.utils import logging
 
 from hf_corrector.cache.manifest import check_fingerprint
 from hf_corrector.cache.side_store import open_side
@@ -30,6 +31,7 @@ from hf_corrector.side_features import DEFAULT_BIGRAM_BUCKETS, TokenCounts
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.cache_arguments import CacheTrainingArguments
 
+logger = logging.get_logger(__name__)
 Splits: TypeAlias = Dataset | dict[str, Dataset] | None
 
 
@@ -103,6 +105,8 @@ def check_given(train: Dataset | None, args: DualEncoderTrainingArguments) -> No
 def attach_corrector(model: DualEncoderModel, args: CacheTrainingArguments, cache: TargetCache | None = None) -> None:
     """Give the model the corrector the arguments ask for, keeping the one it has where it is of that form.
 
+    A run that encodes no target keeps a fitted corrector as it is, to see the given cache through it.
+
     Args:
         model: The encoder.
         args: Arguments of the run.
@@ -110,10 +114,13 @@ def attach_corrector(model: DualEncoderModel, args: CacheTrainingArguments, cach
 
     Raises:
         CacheError: If the cache holds no side features of the kind asked for.
-        ConfigurationError: If a user's own side features are asked for without a cache that holds them.
+        CacheMismatchError: If the fitted corrector leads from another encoder than the cache's, or to another.
+        ConfigurationError: If a user's own side features are asked for without a cache that holds them, or a fitted
+            corrector would be left out of reading a given cache.
     """
     if not args.uses_corrector:
-        model.corrector = model.config.corrector = None
+        if not _keeps_fitted(model, args, cache):
+            model.corrector = model.config.corrector = None
         return
     config = CorrectorConfig(
         kind=args.corrector_kind, input_dim=model.config.embedding_dim, hidden_dim=args.corrector_hidden_dim,
@@ -132,6 +139,26 @@ def attach_corrector(model: DualEncoderModel, args: CacheTrainingArguments, cach
         model.config.corrector = config
     if model.corrector is not None:
         model.corrector.requires_grad_(False)
+
+
+def _keeps_fitted(model: DualEncoderModel, args: CacheTrainingArguments, cache: TargetCache | None) -> bool:
+    """Say whether a run that fits no corrector reads the given cache through the one that its model brings."""
+    corrector = model.corrector
+    if corrector is None or not int(corrector.fitted_pairs):
+        return False
+    if cache is None:
+        logger.warning("The model's corrector is left out: a cache made of the model itself has nothing to correct.")
+        return False
+    if args.encodes_targets:
+        raise ConfigurationError(
+            "staleness", expected="'corrector' for a model with a fitted corrector and a target_cache",
+            got=f"{args.staleness!r}, which would read the cache as it is",
+            cure="Use staleness='corrector', or remove the corrector first: model.corrector = None.",
+        )  # fmt: skip
+    if corrector.config.stale_encoder is not None:
+        corrector.check_encoders("model.corrector", stale=cache.fingerprint, fresh=model.fingerprint("target"))
+    corrector.requires_grad_(False)
+    return True
 
 
 def rows_to_hold_out(splits: tuple[Dataset, ...], targets: Dataset) -> torch.Tensor:

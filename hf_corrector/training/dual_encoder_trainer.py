@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from hf_corrector._distributed import is_main
 from hf_corrector.cache.target_cache import TargetCache
 from hf_corrector.data.collators import PairCollator, PairDataset
 from hf_corrector.data.judgements import given_negatives_as_rows, teacher_scores_as_rows
@@ -63,6 +64,7 @@ class DualEncoderTrainer(PublishingTrainer):
     """
 
     args: DualEncoderTrainingArguments
+    _lacked_negatives = False
 
     def __init__(  # noqa: PLR0913 - transformers' own signature
         self,
@@ -125,6 +127,7 @@ class DualEncoderTrainer(PublishingTrainer):
                 distillation_weight=args.distillation_weight, distillation_temperature=args.distillation_temperature,
             )  # fmt: skip
         choice = chosen[0]
+        self._note_negatives(choice)
         self.cost["query_passes"] += len(choice.queries)
         if args.train_targets:
             self.cost["train_target_passes"] += len(choice.contrast.rows)
@@ -133,6 +136,18 @@ class DualEncoderTrainer(PublishingTrainer):
                 fresh = outputs.target_embeddings.detach().float()
                 self.live_cache.learn_from(choice.encoded(args), fresh, step=self.state.global_step, log=self.step_log)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _note_negatives(self, choice: Choice) -> None:
+        """Log how many negatives a query has, and say once if a step has none: its loss is 0 whatever the weights."""
+        allowed = choice.contrast.allowed
+        found = float(allowed.sum()) / len(allowed) - 1  # without its own positive
+        self.step_log.observe("negatives_per_query", found, count=len(allowed))
+        if not found and not self._lacked_negatives and is_main():
+            logger.warning(
+                f"No query of step {self.state.global_step} has a negative, so that it trains on nothing: filters and "
+                "known positives leave none. Loosen the filters, use share_negatives=True or larger batches."
+            )
+        self._lacked_negatives |= not found
 
     # ------------------------------------------------------------------ judgement
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from hf_corrector.records import EncoderFingerprint, FittedTargets
 from hf_corrector.scans import BlockScan, PooledScan, ScanPlan, ShortlistScan, TargetScan, stale_index
 from hf_corrector.training.ages import Ages
 from hf_corrector.training.cache_arguments import CacheTrainingArguments
-from hf_corrector.training.checkpointing import remove_folder
+from hf_corrector.training.checkpoint_files import remove_folder
 from hf_corrector.training.corrector_exchange import send_corrector
 from hf_corrector.training.corrector_fit import CorrectorFitting
 from hf_corrector.training.corrector_trainer import OnlineCorrector, OnlineTargets
@@ -58,7 +59,7 @@ class LiveCache:
         first: Those training started with; the same until a refresh.
         stale: The vectors as they are.
         corrected: The vectors through the corrector; ``stale`` without one.
-        online: What fits the corrector, or None.
+        online: What fits the corrector; None without one, or where it stays as it was given.
     """
 
     def __init__(
@@ -87,9 +88,11 @@ class LiveCache:
         self._index: FaissIndex | None = None
         self._ages = Ages(len(cache))
         corrector = self._model.corrector
-        if corrector is not None and self._args.uses_corrector:
-            side = side_of(cache, self._model, self._args)
-            self.corrected = CorrectedTargets(cache, corrector, side=side, device=self._args.device)
+        if corrector is None:
+            return
+        side = side_of(cache, self._model, corrector.config.side)
+        self.corrected = CorrectedTargets(cache, corrector, side=side, device=self._args.device)
+        if self._args.uses_corrector:
             targets = OnlineTargets(
                 len(cache), cache.gather, side=side, held_out=self._held_out, drift_from_zero=self._from_start
             )
@@ -107,7 +110,7 @@ class LiveCache:
 
         None where vectors of another size cannot be scored before the corrector is used.
         """
-        targets = self.stale if warming_up or self.online is None else self.corrected
+        targets = self.stale if warming_up else self.corrected
         if targets.dim != self._model.config.embedding_dim:
             return None
         if self._scan is None or self._scanned is not targets:
@@ -125,6 +128,16 @@ class LiveCache:
                 return ShortlistScan(targets, plan, index=self._index)
             case _:
                 return BlockScan(targets, plan, scratch=Path(str(self._args.output_dir)) / SCAN_FILE)
+
+    @torch.no_grad()
+    def read_fixed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return cached vectors of targets that are not encoded anew, ``(n, dim)``, through any fixed corrector."""
+        stale = self.cache.gather(rows).to(self._args.device)
+        if self.corrected.corrector is None:
+            return stale
+        side = None if self.corrected.side is None else self.corrected.side.gather(rows).to(stale.device)
+        corrected: torch.Tensor = self.corrected.corrector(stale, side)
+        return corrected
 
     @torch.no_grad()
     def learn_from(self, targets: StepTargets, fresh: torch.Tensor, *, step: int, log: StepLog) -> None:
@@ -234,8 +247,8 @@ class LiveCache:
             logger.warning(f"{path} holds vectors of other weights; it is made anew.")
             on_main("removing a cache of other weights", lambda: remove_folder(path))
             built = build_cache(self._model, targets, path, tokens=tokens, options=options, generation=generation)
-        side = self._args.corrector_side
-        if self.online is not None and side is not None:
+        side = None if self._model.corrector is None else self._model.corrector.config.side
+        if side is not None:
             # Rows are the same, and what else the corrector reads of them may have come with the first cache only.
             carry_side(self.cache, built.cache, side)
         self.reset_corrector()
@@ -250,7 +263,7 @@ class LiveCache:
 
     def reset_corrector(self) -> None:
         """Start the corrector again at the identity, by the run's seed."""
-        if self._model.corrector is not None and self._args.uses_corrector:
+        if self._model.corrector is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._args.seed)
                 self._model.corrector.reset()
@@ -284,8 +297,8 @@ class LiveCache:
             encoder.to_dict(), None if side is None else side_details(self.cache, side) or None,
         ).save(folder)  # fmt: skip
 
-    def save(self, folder: Path, cost: dict[str, int]) -> None:
-        """Write into a checkpoint which caches are in use, and the corrector's pairs."""
+    def save(self, folder: Path, known: dict[str, Any]) -> None:
+        """Write into a checkpoint which caches are in use, the corrector's pairs, and what the trainer knows."""
         if self._scan is not None:
             # A resumed run corrects all targets anew, so this one does too.
             self._scan.renew()
@@ -301,8 +314,7 @@ class LiveCache:
             {"path": os.path.relpath(one.path.resolve(), folder.resolve()), "checksum": one.manifest.checksum}
             for one in (self.first, self.cache)
         ]
-        state = {"cost": cost, "caches": named, "settings": self._args.resume_settings, "from_start": self._from_start}
-        write_json(folder / STATE_FILE, state)
+        write_json(folder / STATE_FILE, {**known, "caches": named, "from_start": self._from_start})
 
     @classmethod
     def reopen(
@@ -319,13 +331,7 @@ class LiveCache:
             CheckpointError: If a cache is gone or was replaced.
         """
         state = read_json(folder / STATE_FILE)
-        named, settings = state["caches"], args.resume_settings
-        if state["settings"] != settings:
-            raise CheckpointError(
-                str(folder), expected=f"the arguments it was written with, {state['settings']}", got=str(settings),
-                cure="Resume with the same arguments, or train from the start.",
-            )  # fmt: skip
-        first, current = (_open_named(folder, entry) for entry in (named[0], named[-1]))
+        first, current = (_open_named(folder, state["caches"][place]) for place in (0, -1))
         live = cls(current, model, args, first=first, held_out=held_out, from_start=state["from_start"])
         tensors = load_file(folder / STATE_TENSORS)
         if live.online is not None:

@@ -15,18 +15,16 @@ from hf_corrector.models.modeling_dual_encoder import DualEncoderModel
 from hf_corrector.models.whole_weights import whole_tensor
 from hf_corrector.shared_writing import seen_by_all
 from hf_corrector.side_features import DenseSide, SideFeatures, TokenCounts, mean_word_embeddings
-from hf_corrector.training.cache_arguments import CacheTrainingArguments
 
 _MEAN_ROWS = 65_536
 
 
-def side_of(cache: TargetCache, model: DualEncoderModel, args: CacheTrainingArguments) -> SideFeatures | None:
+def side_of(cache: TargetCache, model: DualEncoderModel, kind: str | None) -> SideFeatures | None:
     """Open the side features a run's corrector reads; word embeddings are stored when they are first asked for.
 
     Raises:
         CacheError: If the cache holds none of that kind.
     """
-    kind = args.corrector_side
     if kind is None:
         return None
     embeddings = cast(torch.nn.Embedding, model.target_encoder.get_input_embeddings()).weight

@@ -44,7 +44,8 @@ def plan_scan(
         task = scan_task(model, args, live, mean_tokens=float(np.mean(tokens.lengths)), further_ops=further_ops)
         wanted, sentence = choose_scan(task, wanted, budget=args.scan_budget)
         if is_main():
-            logger.info(sentence)
+            # Negatives drawn otherwise than from all targets as they are now are to be known without asking for it.
+            (logger.info if wanted.strategy == "full" else logger.warning)(sentence)
     return broadcast_object((wanted, sentence))
 
 

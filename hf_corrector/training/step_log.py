@@ -15,6 +15,8 @@ class StepLog:
 
     ``cosine_stale_fresh``, ``cosine_corrected_fresh``
         of targets that were encoded, to their cached and their corrected vectors.
+    ``negatives_per_query``
+        targets a query is contrasted with besides its positive, shared ones included.
     ``residual_uniform``
         mean squared distance of uniformly drawn targets to their vectors as training sees them, before the corrector
         has seen them; with a filter of negatives only of targets below its limits.

@@ -55,9 +55,9 @@ class TargetSource:
 
     def cached(self, live: LiveCache | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Return what reads the vectors of targets that are not encoded; None where targets are trained."""
-        if self.args.train_targets or live is None:
+        if self.args.encodes_targets or live is None:
             return None
-        return lambda rows: live.cache.gather(rows).to(self.args.device)
+        return live.read_fixed
 
     def _encode_candidates(self, rows: torch.Tensor) -> torch.Tensor:
         self.cost["rerank_target_passes"] += len(rows)

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import Dataset
 from process_helpers import run_on_ranks
-from test_training_on_ranks import ATTENTION, WORDS, trainer_of, vectors_of
+from test_training_on_ranks import ATTENTION, WORDS, note_drawn_rows, trainer_of, vectors_of
 from torch.distributed.fsdp import fully_shard
 
 from hf_corrector.data.pairs import from_pairs
@@ -76,6 +76,7 @@ def train(encoder: str, data: RetrievalData, out: Path, changes: dict[str, Any],
     if sharded:
         use_shards()
     trainer = trainer_of(encoder, data, out, changes)
+    drawn = note_drawn_rows(trainer)
     trainer.train()
     trainer.save_model()
     assert in_shards(trainer.encoder) == sharded
@@ -87,6 +88,7 @@ def train(encoder: str, data: RetrievalData, out: Path, changes: dict[str, Any],
     return {
         "losses": [entry["loss"] for entry in logged],
         "norms": [entry["grad_norm"] for entry in logged],
+        "drawn": drawn,
         "rows": None if live is None or live.online is None else live.online.window.state()["window_rows"],
         "cosine": None if live is None else trainer.judge(data.test).cosines["corrected"],
         "quality": trainer.evaluate()["eval_mrr@10"],
@@ -114,6 +116,7 @@ def test_two_processes_with_shards_train_as_one_without(
     if alone["rows"] is not None:
         assert torch.equal(results[0]["rows"], alone["rows"])
     for found in results:
+        assert found["drawn"] == alone["drawn"]
         assert found["own"] < 0.7 * alone["own"]
         assert found["losses"] == pytest.approx(alone["losses"], rel=2e-4)
         assert found["norms"] == pytest.approx(alone["norms"], rel=2e-3)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from process_helpers import launch, outcomes_on_ranks, run_on_ranks
 
+ROOT = Path(__file__).parents[2]
 DYING = """
 import os, signal, sys
 import torch
@@ -67,10 +68,15 @@ def test_processes_are_forked_from_one_that_has_found_what_it_was_to_import() ->
     assert run_on_ranks(was_preloaded, 1) == [True]
 
 
-@pytest.mark.parametrize("action", ["live", "die"])
-def test_a_job_with_a_dead_process_ends_with_an_error(action: str, tmp_path: Path) -> None:
+BY_EXAMPLE = ("accelerate.commands.launch", "--config_file", str(ROOT / "examples" / "accelerate" / "ddp.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("action", "launcher"), [("live", BY_EXAMPLE), ("die", ("torch.distributed.run",))], ids=["live", "die"]
+)
+def test_a_job_with_a_dead_process_ends_with_an_error(action: str, launcher: tuple[str, ...], tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(DYING)
-    done = launch(script, 2, action)
+    done = launch(script, 2, action, launcher=launcher)
     assert (done.returncode == 0) == (action == "live"), done.stderr
     assert done.stdout.count("of 2 is done") == (2 if action == "live" else 0)

@@ -20,6 +20,7 @@ from hf_corrector.errors import DistributedError
 from hf_corrector.models import DualEncoderModel
 from hf_corrector.training.arguments import DualEncoderTrainingArguments
 from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
+from hf_corrector.training.target_choice import Choice
 
 WORDS = ("list", "remove", "count", "copy", "show", "find", "sort", "print", "files", "folder", "lines", "disk", "page")
 GLOBAL_BATCH = 8
@@ -56,17 +57,33 @@ def trainer_of(encoder: str, data: RetrievalData, out: Path, changes: dict[str, 
     return trainer
 
 
+def note_drawn_rows(trainer: DualEncoderTrainer) -> list[list[int]]:
+    """Return what will hold the targets of every batch of all processes, in the order of its columns."""
+    trainer.prepare()
+    noted, choose = list[list[int]](), trainer._chooser.choose
+
+    def noting(*args: Any, **kwargs: Any) -> Choice:
+        choice = choose(*args, **kwargs)
+        noted.append(choice.contrast.rows.tolist())
+        return choice
+
+    trainer._chooser.choose = noting  # type: ignore[method-assign]
+    return noted
+
+
 def train(encoder: str, data: RetrievalData, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Train with ``changes`` to the arguments, ``adapted`` naming the layers that get a LoRA.
 
     Returns what must not depend on the number of processes, and the vectors of the first texts after it.
     """
     trainer = trainer_of(encoder, data, out, changes)
+    drawn = note_drawn_rows(trainer)
     trainer.train()
     trainer.save_model()
     online = None if trainer.live_cache is None else trainer.live_cache.online
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "drawn": drawn,
         "rows": None if online is None else online.window.state()["window_rows"],
         "weights": {name: tensor.clone() for name, tensor in trainer.encoder.state_dict().items()},
         "quality": trainer.evaluate()["eval_mrr@10"],
@@ -113,6 +130,7 @@ def test_two_and_four_processes_train_as_one(tiny_encoder: str, data: RetrievalD
         if alone["rows"] is not None:
             assert torch.equal(results[0]["rows"], alone["rows"])
         for found in results:
+            assert found["drawn"] == alone["drawn"]
             assert found["cost"] == alone["cost"]
             assert found["quality"] == pytest.approx(alone["quality"], abs=0.05)
             for key, expected in alone["weights"].items():
