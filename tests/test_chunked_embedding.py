@@ -1,4 +1,4 @@
-"""Chunked encoding equals encoding at once: loss, gradients, precision, processes, with less memory."""
+"""Chunked encoding equals encoding at once: loss, gradients, precision, with less memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from forking import forking_context
 from model_helpers import BERT, HIDDEN, POSITIONS, TEXTS, save_gpt2
 from torch.nn.functional import normalize
-from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertModel
 
 from hf_corrector.batching import pad_tokens
 from hf_corrector.errors import ConfigurationError
-from hf_corrector.models import DualEncoderConfig, DualEncoderModel, DualEncoderOutput, SampledTargets
+from hf_corrector.models import DualEncoderModel, DualEncoderOutput, SampledTargets
 from hf_corrector.models.chunked_embedding import embed_in_chunks
 
 Gradients = dict[str, torch.Tensor]
@@ -24,17 +22,16 @@ def padded(model: DualEncoderModel, texts: list[str], role: str = "target") -> d
     return pad_tokens(model.tokenize(texts, role), model.pad_token_id(role))
 
 
-def step(model: torch.nn.Module, *, mini_batch_size: int | None, seed: int = 0) -> tuple[DualEncoderOutput, Gradients]:
+def step(model: DualEncoderModel, *, mini_batch_size: int | None, seed: int = 0) -> tuple[DualEncoderOutput, Gradients]:
     """Do one step on texts of many lengths, with sampled targets, and return its output and gradients."""
     torch.manual_seed(seed)
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    queries, positives, extra = padded(inner, TEXTS[:5], "query"), padded(inner, TEXTS[5:10]), padded(inner, TEXTS[10:])
+    queries, positives, extra = padded(model, TEXTS[:5], "query"), padded(model, TEXTS[5:10]), padded(model, TEXTS[10:])
     columns = 5 + len(TEXTS) - 10
     allowed = torch.rand(5, columns, generator=torch.Generator().manual_seed(1)) < 0.7
     model.zero_grad()
     output = model(queries, positives, lambda found: SampledTargets(extra, allowed), mini_batch_size=mini_batch_size)
     output.loss.backward()
-    return output, {name: one.grad.clone() for name, one in inner.named_parameters() if one.grad is not None}
+    return output, {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
 
 
 def flat(gradients: Gradients) -> torch.Tensor:
@@ -199,17 +196,11 @@ def test_gradient_checkpointing_reaches_both_towers_and_works_inside_of_chunks(t
         assert_same(again, gradients)
 
 
-# ---------------------------------------------------------------------- several processes
+# ---------------------------------------------------------------------- what the above compute with
 
 
 def bert_without_dropout() -> BertConfig:
     return BertConfig(**{**BERT.to_dict(), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-
-
-def build_alike() -> DualEncoderModel:
-    torch.manual_seed(0)
-    config = DualEncoderConfig(encoder=bert_without_dropout(), projection_dim=7)
-    return DualEncoderModel(config, BertModel(config.encoder, add_pooling_layer=False)).train()
 
 
 def halves(rows: slice) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -218,28 +209,3 @@ def halves(rows: slice) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor
     mask = (torch.arange(14) < lengths[:, None]).long()
     queries, targets = ({"input_ids": one[rows], "attention_mask": mask[rows]} for one in ids)
     return queries, targets
-
-
-def in_process(rank: int, folder: str) -> None:
-    """Do a chunked step on this process's half and save the gradients."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = DistributedDataParallel(build_alike())
-    queries, targets = halves(slice(4 * rank, 4 * rank + 4))
-    for _ in range(2):
-        model.zero_grad()
-        model(queries, targets, mini_batch_size=3).loss.backward()
-    torch.save({name: one.grad for name, one in model.module.named_parameters()}, f"{folder}/gradients{rank}")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    forking_context()
-    torch.multiprocessing.start_processes(in_process, (str(tmp_path),), nprocs=2, start_method="forkserver")
-    model = build_alike()
-    losses = [model(*halves(rows), mini_batch_size=3).loss for rows in (slice(0, 4), slice(4, 8))]
-    torch.stack(losses).mean().backward()
-    expected = {name: one.grad for name, one in model.named_parameters()}
-    for rank in range(2):
-        assert_same(torch.load(tmp_path / f"gradients{rank}"), expected, rtol=1e-6)
