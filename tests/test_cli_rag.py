@@ -73,7 +73,9 @@ def test_rag_train_writes_a_whole_record(trained: Path, places: dict[str, str]) 
     assert gap["low"] <= gap["estimate"] <= gap["high"]
     cost = record["cost"]
     assert cost["initial_target_passes"] == cost["final_target_passes"] == len(TARGETS)
-    assert cost["query_passes"] == 16 + 7 * 5 and cost["train_target_passes"] > 0 and cost["reader_passes"] == 32
+    assert cost["query_passes"] == 16 + 7 * 5 and cost["train_target_passes"] > 0
+    # Training reads 32; under each of three conditions every passage is weighed, written from and weighed again.
+    assert cost["reader_passes"] >= 32 + 3 * 5 * 2 * 3
     assert record["timing"]["judge"] > 0 and len(record["manifests"]) == 2 and record["history"]
     assert (trained / "corrector" / FITTED_FILE).is_file()
 

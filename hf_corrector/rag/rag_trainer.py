@@ -315,7 +315,7 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
             compute_dtype=compute_dtype_of(self.args),
         )  # fmt: skip
 
-        def weigh() -> dict[str, float]:
+        def weigh() -> tuple[dict[str, float], int]:
             found = self.rag.answer_log_likelihoods(texts, first_answers(split), find, options=options)
             tokens = float(found.answer_tokens.sum())
             metrics = {
@@ -326,11 +326,11 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
                 known = positives_as_rows(with_optional_columns(split), self.targets)
                 hits = [bool(set(rows) & set(gold)) for rows, gold in zip(found.rows.tolist(), known, strict=True)]
                 metrics[f"gold_recall@{self.args.num_passages}"] = sum(hits) / len(hits)
-            return metrics
+            return metrics, found.prompts
 
-        metrics = on_main("weighing the evaluation answers", weigh)
+        metrics, prompts = on_main("weighing the evaluation answers", weigh)
         self.cost["query_passes"] += len(texts)
-        self.cost["reader_passes"] += len(texts) * max(1, self.args.num_passages)
+        self.cost["reader_passes"] += prompts
         if self.live_cache is not None:
             # Only a search needs all corrected targets at once, and training has its own way of keeping them.
             self.live_cache.corrected.invalidate()
