@@ -207,6 +207,7 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
             questions=inputs["questions"], reader_questions=inputs["reader_questions"], answers=inputs["answers"],
             candidate_fn=candidate_fn, objective=self.args.objective_of_step,
             mini_batches=MiniBatches(self.args.mini_batch_size, self.args.generator_mini_batch_size),
+            timed=self.step_log.phase,
         )  # fmt: skip
         self._observe(outputs)
         questions = sum(len(part) for part in all_gather_rows(inputs["query_rows"]))
@@ -236,7 +237,8 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
 
         def encode(rows: np.ndarray) -> torch.Tensor:
             self.cost["probe_target_passes"] += len(rows)
-            return encode_rows(self.encoder, self.tokens, rows, options=encode_options_of(self.args))
+            with self.step_log.phase("encode"):
+                return encode_rows(self.encoder, self.tokens, rows, options=encode_options_of(self.args))
 
         targets, vectors = self._chooser.encoded(choice, fresh, encode)
         live.learn_from(targets, vectors, step=self.state.global_step, log=self.step_log)
