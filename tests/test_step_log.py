@@ -48,7 +48,7 @@ def test_a_phase_is_timed_without_those_in_it_and_the_step_whole() -> None:
         with log.phase("corrector"), log.phase("encode"):
             time.sleep(0.02)
     spent, shares = dict(log.total_seconds), log.drain()
-    assert spent["sampling"] >= 0.05 and spent["encode"] >= 0.03 and spent["corrector"] < 0.01
+    assert spent["sampling"] >= 0.05 and spent["encode"] >= 0.03 and spent["corrector"] < 0.02
     parts = spent["sampling"] + spent["encode"] + spent["corrector"]
     # What a step does between its phases is what lacks to the whole.
     assert parts <= spent["step"] and spent["encode"] < spent["step"] - 0.05
