@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from model_helpers import HIDDEN, byte_bpe_tokenizer, wordpiece_tokenizer
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
@@ -18,6 +20,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -33,7 +37,7 @@ from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
 from hf_corrector.sampling import Candidates
 
-KINDS = ("gpt2", "llama", "t5", "bert2bert")
+KINDS = ("gpt2", "llama", "qwen2", "t5", "bart", "bert2bert")
 PASSAGES = [
     "list all files", "remove the old archive of the disk", "count the words of a file", "copy a folder",
     "find files changed today", "sort lines by number", "print the last ten lines", "who is logged in",
@@ -59,6 +63,23 @@ def generator_of(kind: str, *, seed: int = 0, dropout: float = 0.0) -> tuple[Pre
                 bos_token_id=None, eos_token_id=1, tie_word_embeddings=True,
             )  # fmt: skip
             return LlamaForCausalLM(llama), _long(byte_bpe_tokenizer(end_token=True))
+        case "qwen2":
+            # Queries and keys have biases here, and two heads share their keys.
+            qwen2 = Qwen2Config(
+                vocab_size=300, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0,
+                bos_token_id=None, eos_token_id=1,
+            )  # fmt: skip
+            return Qwen2ForCausalLM(qwen2), _long(byte_bpe_tokenizer(end_token=False))
+        case "bart":
+            # Its answers start from the token that ends them; as shipped it also forces an end where room runs out.
+            bart = BartConfig(
+                vocab_size=300, d_model=HIDDEN, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=128,
+                init_std=0.3, bos_token_id=None, pad_token_id=0, eos_token_id=1, decoder_start_token_id=1,
+                forced_eos_token_id=None, dropout=dropout,
+            )  # fmt: skip
+            return BartForConditionalGeneration(bart), _long(byte_bpe_tokenizer(end_token=True))
         case "t5":
             t5 = T5Config(
                 vocab_size=300, d_model=HIDDEN, d_kv=16, d_ff=48, num_layers=2, num_heads=2, pad_token_id=0,

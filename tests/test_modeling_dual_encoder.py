@@ -104,6 +104,11 @@ def test_order_and_company_of_texts_do_not_matter(tiny_model: DualEncoderModel) 
     assert len(torch.unique(together, dim=0)) == len(TEXTS)
 
 
+def test_one_text_is_not_tokenized_letter_by_letter(tiny_model: DualEncoderModel) -> None:
+    with pytest.raises(InputError, match="tokenize: expected a list of texts; got 'files'"):
+        tiny_model.tokenize("files", "query")
+
+
 def test_single_text_gives_one_vector_and_none_gives_none(tiny_model: DualEncoderModel) -> None:
     assert tiny_model.encode_query("list all files").shape == (HIDDEN,)
     assert tiny_model.encode_query(["list all files"]).shape == (1, HIDDEN)

@@ -62,6 +62,24 @@ def test_every_metric_is_what_it_says(model: Any, views: dict[str, TensorVectors
         assert found["gold_recall@10"].tolist() == gold
 
 
+@pytest.mark.parametrize(("k", "method"), [(3, "thorough"), (100, "thorough"), (3, "fast")])
+def test_prompts_are_counted_as_the_reader_gets_them(
+    model: Any, views: dict[str, TensorVectors], k: int, method: str
+) -> None:
+    """Against the rows of what goes into the reader, which for a written answer are those of its encoder."""
+    seen, split = list[int](), TEST.select(range(4))
+    encoder = model.generator.get_encoder()
+    hook = encoder.register_forward_hook(
+        lambda module, given, kept, out: seen.append(len(kept["input_ids"])), with_kwargs=True
+    )
+    options = ReadingOptions(num_passages=k, resamples=2, generation=GenerationOptions(method, batch_size=8))
+    try:
+        judged = judge_reading(model, split, TARGETS, {"stale": views["stale"], "closed": None}, options=options)
+    finally:
+        hook.remove()
+    assert judged.reader_passes == sum(seen) >= 4 * (2 * min(k, len(TARGETS)) if method == "thorough" else k + 2)
+
+
 def test_intervals_are_paired_over_clean_questions_only(model: Any, views: dict[str, TensorVectors]) -> None:
     gold = [int(ids[0][1:]) for ids in TEST["positive_ids"]]
     judged = judge_reading(
@@ -116,7 +134,9 @@ def test_a_trained_run_is_judged_on_clean_questions_and_its_passes_counted(tiny_
     judged = judge_trained(trainer, TEST, options=OPTIONS)
     assert list(judged.means) == ["stale", "corrected", "fresh"] and judged.clean_questions == len(TEST)
     spent = {name: trainer.cost[name] - before[name] for name in before if trainer.cost[name] != before[name]}
-    assert spent == {"query_passes": 7 * len(TEST), "final_target_passes": len(TARGETS)}
+    assert spent == {
+        "query_passes": 7 * len(TEST), "final_target_passes": len(TARGETS), "reader_passes": judged.reader_passes
+    }  # fmt: skip
     assert judge_trained(trainer, TEST).means["stale"]["f1"].low >= 0
     reader_alone = {"objective": "generator_only", "num_passages": 0}
     closed = rag_trainer(rag_of(tiny_encoder, answer_max_length=6), tmp_path / "closed", **reader_alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rag_helpers import generator_of, question_data, rag_of, rag_trainer
 
-from hf_corrector.encoding import EncodeOptions, build_cache
+from hf_corrector.encoding import EncodeOptions, build_cache, encode_rows
 from hf_corrector.errors import CheckpointError, ConfigurationError, DataError
 from hf_corrector.models import DualEncoderModel
 from hf_corrector.rag.default_reader import cross_attention_names
@@ -21,6 +22,7 @@ from hf_corrector.rag.objectives import OBJECTIVES
 from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.rag.rag_trainer import RetrievalAugmentedTrainer
 from hf_corrector.training.scan_setup import scan_task
+from hf_corrector.training.step_log import StepLog
 
 SGD = {"optim": "sgd", "learning_rate": 0.01}
 
@@ -54,6 +56,10 @@ def test_every_objective_trains_what_it_says_and_counts_its_passes(
         assert first["cosine_stale_fresh"] == pytest.approx(1.0, abs=1e-6)
         assert first["residual_uniform"] == pytest.approx(0.0, abs=1e-6)
     assert trainer.encoder.config.scale == pytest.approx(trainer.rag.scale_now, abs=0.05)
+    shares = {name: one for name, one in trainer.state.log_history[1].items() if name.startswith("share_")}
+    assert set(shares) == {"share_encode", "share_sampling", "share_read", "share_corrector"}
+    assert min(shares.values()) > 0 and sum(shares.values()) < 1
+    assert all(f"``{name}``" in str(StepLog.__doc__) for name in shares)
 
 
 def test_learning_rates_of_parts_are_their_own(tiny_encoder: str, tmp_path: Path) -> None:
@@ -200,6 +206,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     other = resumable(tiny_encoder, tmp_path, **{**changes, "num_passages": 2})
     with pytest.raises(CheckpointError, match="num_passages"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_encoding_probes_is_no_time_of_the_corrector(
+    tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*args: Any, **kwargs: Any) -> torch.Tensor:
+        time.sleep(0.2)
+        return encode_rows(*args, **kwargs)
+
+    trainer = rag_trainer(rag_of(tiny_encoder), tmp_path, max_steps=2, uniform_fraction=1.0)
+    trainer.prepare()
+    monkeypatch.setattr("hf_corrector.rag.rag_trainer.encode_rows", slow)
+    trainer.train()
+    spent = trainer.step_log.total_seconds
+    assert trainer.cost["probe_target_passes"] > 0
+    assert spent["encode"] > 0.4 > spent["corrector"]
 
 
 def test_accumulated_batches_are_one_large_batch(tiny_encoder: str, tmp_path: Path) -> None:

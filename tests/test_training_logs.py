@@ -24,6 +24,7 @@ from hf_corrector.training.dual_encoder_trainer import DualEncoderTrainer
 from hf_corrector.training.step_log import StepLog
 
 OF_TRANSFORMERS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+SHARES = {"share_encode", "share_sampling", "share_corrector"}
 MEANS = {"cosine_stale_fresh", "cosine_corrected_fresh", "residual_uniform", "sampling_tv", "negatives_per_query"}
 
 
@@ -54,10 +55,10 @@ def test_every_step_logs_all_documented_names_as_numbers(tiny_encoder: str, tmp_
     for number, entry in enumerate(entries):
         own = set(entry) - OF_TRANSFORMERS
         fitted = {"pair_age"} if number >= 2 else set()
-        assert own == MEANS | passes | fitted | {"share_sampling", "share_corrector", "snapshot_age"}
+        assert own == MEANS | passes | fitted | SHARES | {"snapshot_age"}
         assert all(isinstance(value, int | float) and np.isfinite(value) for value in entry.values())
         assert all(f"``{name}``" in str(StepLog.__doc__) for name in own - passes)
-        assert 0 < entry["share_sampling"] + entry["share_corrector"] < 1
+        assert all(entry[name] > 0 for name in SHARES) and sum(entry[name] for name in SHARES) < 1
     for name, count in trainer.cost.items():
         counts = [entry[f"passes_{name.removesuffix('_passes')}"] for entry in entries]
         assert counts[-1] == count

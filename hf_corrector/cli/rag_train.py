@@ -68,6 +68,16 @@ class WhatToRead(EncoderChoice):
         default=None,
         metadata={"help": "tokens of an answer, which is never cut; by default 32 for 'stdlib', else 64"},
     )
+    prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "what the reader is given, with one {question} and one {passage}; by default what fits a decoder "
+            "or an encoder-decoder"
+        },
+    )
+    learn_scale: bool = field(
+        default=False, metadata={"help": "learn the inverse temperature of the distribution over passages too"}
+    )
     language: str = field(default="en", metadata={"help": "how answers are compared", "choices": LANGUAGES})
     judged_questions: int = field(
         default=200, metadata={"help": "judge on so many questions, drawn once for all; 0 for all of them"}
@@ -81,7 +91,10 @@ class WhatToRead(EncoderChoice):
             ConfigurationError: If settings do not fit them.
         """
         settings: dict[str, Any] = dict(STDLIB_LENGTHS if self.data == STDLIB else OTHER_LENGTHS)
-        given = {"reader_max_length": self.reader_max_length, "answer_max_length": self.answer_max_length}
+        given = {
+            "reader_max_length": self.reader_max_length, "answer_max_length": self.answer_max_length,
+            "prompt": self.prompt, "learn_scale": self.learn_scale,
+        }  # fmt: skip
         settings.update({name: value for name, value in given.items() if value is not None})
         reader, tokenizer = reader_of(self.reader, self.reader_layers)
         return RetrievalAugmentedModel.from_parts(self.load(), reader, tokenizer, **settings)

@@ -42,7 +42,13 @@ class TextEncodingMixin:
         return tokenizer
 
     def tokenize(self, texts: Sequence[str], role: Role) -> list[list[int]]:
-        """Turn texts into token ids: prompt in front, special tokens around, cut to the role's maximum length."""
+        """Turn texts into token ids: prompt in front, special tokens around, cut to the role's maximum length.
+
+        Raises:
+            InputError: If one text is given, whose letters would be taken for texts.
+        """
+        if isinstance(texts, str):
+            raise InputError("tokenize", expected="a list of texts", got=repr(texts[:40]), cure="Put it into a list.")
         is_query = role == "query"
         prompt = self.config.query_prompt if is_query else self.config.target_prompt
         length = self.config.query_max_length if is_query else self.config.target_max_length

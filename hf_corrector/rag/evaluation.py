@@ -85,6 +85,7 @@ class ReadingJudgement:
         all_questions: ``all_questions[condition][metric]``, plain means over all questions.
         per_question: ``per_question[condition][metric]``, ``(questions,)``.
         query_passes: Questions the encoder encoded for this, each as often as it was.
+        reader_passes: Prompts the reader was given for this, to weigh and to write answers.
     """
 
     questions: int
@@ -95,6 +96,7 @@ class ReadingJudgement:
     all_questions: Mapping[str, Mapping[str, float]]
     per_question: Mapping[str, Mapping[str, FloatArray]] = field(repr=False)
     query_passes: int = 0
+    reader_passes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values: one entry per condition, counts, intervals; ``None`` where nothing can be said."""
@@ -180,13 +182,16 @@ def judge_reading(  # noqa: PLR0913 - what is compared, on what, and how
     words, read = column(targets, "text"), passages
     if read is None:
         read = model.reader.passages(words)
-    per_question = {
+    measured = {
         name: _measure(model, asked, _finder(view, read, options), view, words, options)
         for name, view in conditions.items()
     }
     clean = clean_queries(gold, np.zeros(0, dtype=np.int64) if fitted_rows is None else fitted_rows)
-    judgement = compare_reading(per_question, clean=clean, options=options)
-    return replace(judgement, query_passes=len(texts) * (1 + 2 * len(conditions)))
+    judgement = compare_reading({name: values for name, (values, _) in measured.items()}, clean=clean, options=options)
+    return replace(
+        judgement, query_passes=len(texts) * (1 + 2 * len(conditions)),
+        reader_passes=sum(prompts for _, prompts in measured.values()),
+    )  # fmt: skip
 
 
 def compare_reading(
@@ -265,6 +270,7 @@ def judge_trained(
 
     judgement = on_main("judging the answers", judge)
     trainer.cost["query_passes"] += judgement.query_passes
+    trainer.cost["reader_passes"] += judgement.reader_passes
     trainer.judged = judgement.to_dict()
     live.corrected.invalidate()
     return judgement
@@ -296,15 +302,15 @@ def _finder(
 def _measure(
     model: RetrievalAugmentedModel, asked: _Asked, find: CandidateFn, view: RowVectors | None, texts: Sequence[str],
     options: ReadingOptions,
-) -> dict[str, FloatArray]:  # fmt: skip
-    """Return every metric of every question, ``(questions,)``."""
+) -> tuple[dict[str, FloatArray], int]:  # fmt: skip
+    """Return every metric of every question, ``(questions,)``, and the prompts the reader was given."""
     weighed = model.answer_log_likelihoods(asked.texts, asked.first, find, options=options.generation)
     answered = model.generate(asked.texts, find, options=options.generation)
     likelihoods = weighed.marginal.double().numpy()
     written = [one.best.text for one in answered]
     pairs = list(zip(written, asked.answers, strict=True))
     read = [texts[one.passage_row] if one.passage_row >= 0 else "" for one in answered]
-    return {
+    values = {
         "answer_log_likelihood": likelihoods,
         "answer_log_likelihood_per_token": likelihoods / float(weighed.answer_tokens.double().mean()),
         "exact_match": np.array([exact_match(one, known, language=options.language) for one, known in pairs]),
@@ -315,6 +321,7 @@ def _measure(
             for passage, one in zip(read, written, strict=True)
         ]),
     }  # fmt: skip
+    return values, weighed.prompts + sum(one.prompts for one in answered)
 
 
 def _gold_recall(asked: _Asked, view: RowVectors | None, options: ReadingOptions) -> FloatArray:

@@ -76,11 +76,14 @@ class AnsweredQuestion:
         answers: Distinct answers, most likely first; at least one.
         rows: Target rows of the passages read, in the order they were found.
         log_prior: log P(y|x) of each.
+        prompts: Prompts the reader was given for it, to write from and to weigh answers under; each counts once,
+            whatever was written.
     """
 
     answers: tuple[Answer, ...]
     rows: tuple[int, ...]
     log_prior: tuple[float, ...]
+    prompts: int
 
     @property
     def best(self) -> Answer:
@@ -111,6 +114,11 @@ class AnswerLikelihoods:
     log_prior: torch.Tensor
     rows: torch.Tensor
     answer_tokens: torch.Tensor
+
+    @property
+    def prompts(self) -> int:
+        """Prompts the reader was given: one for every passage of every question."""
+        return int(self.log_prior.isfinite().sum())
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,7 @@ def _thorough(model: RetrievalAugmentedModel, found: _Found, options: Generation
         joint = torch.tensor([prior + next(scores) for _, _, prior in every[query]], dtype=torch.float64)
         posterior = tuple(torch.log_softmax(joint, dim=0).tolist())
         weighed[query].append(Answer(one.text, float(torch.logsumexp(joint, dim=0)), posterior))
-    return [_answered(found, query, own) for query, own in enumerate(weighed)]
+    return [_answered(found, query, own, len(prompts[query]) * (1 + len(own))) for query, own in enumerate(weighed)]
 
 
 def _fast(model: RetrievalAugmentedModel, found: _Found, options: GenerationOptions) -> list[AnsweredQuestion]:
@@ -250,7 +258,7 @@ def _fast(model: RetrievalAugmentedModel, found: _Found, options: GenerationOpti
     written = _write(model, prompts, options)
     scores = _read(model, [(prompt, one.tokens) for prompt, one in zip(prompts, written, strict=True)], options)
     return [
-        _answered(found, query, [Answer(one.text, score, tuple(prior for _, _, prior in found.passages(query)))])
+        _answered(found, query, [Answer(one.text, score, tuple(prior for _, _, prior in found.passages(query)))], 2)
         for query, (one, score) in enumerate(zip(written, scores, strict=True))
     ]
 
@@ -263,11 +271,11 @@ def _read(
     return found
 
 
-def _answered(found: _Found, query: int, answers: list[Answer]) -> AnsweredQuestion:
+def _answered(found: _Found, query: int, answers: list[Answer], prompts: int) -> AnsweredQuestion:
     ids, passages = found.retrieved.candidates.ids, found.passages(query)
     ordered = tuple(sorted(answers, key=lambda one: one.log_prob, reverse=True))
     rows = tuple(int(ids[query, column]) for column, _, _ in passages)
-    return AnsweredQuestion(ordered, rows, tuple(prior for _, _, prior in passages))
+    return AnsweredQuestion(ordered, rows, tuple(prior for _, _, prior in passages), prompts)
 
 
 def _write(

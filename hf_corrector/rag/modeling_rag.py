@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -163,7 +163,7 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
         if self.log_scale is not None:
             self.log_scale.requires_grad_(False)
 
-    def forward(
+    def forward(  # noqa: PLR0913 - all of a step, and what times its parts
         self,
         questions: Tokens,
         reader_questions: Tokens,
@@ -172,6 +172,7 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
         *,
         objective: Objective | None = None,
         mini_batches: MiniBatches | None = None,
+        timed: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> RetrievalAugmentedOutput:
         """Retrieve passages for questions, read them, and compute the loss of the answers.
 
@@ -184,6 +185,7 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
             candidate_fn: Given the detached query embeddings ``(batch, dim)``, returns what to read.
             objective: What to minimise; the marginal likelihood if not given.
             mini_batches: How much to compute at a time.
+            timed: Returns what is entered while something is done, ``"encode"`` or ``"read"``, to time it.
 
         Returns:
             Loss and its parts.
@@ -194,15 +196,18 @@ class RetrievalAugmentedModel(StoredRetrievalAugmentedModel):
         objective = Objective() if objective is None else objective
         sizes = MiniBatches() if mini_batches is None else mini_batches
         with torch.set_grad_enabled(torch.is_grad_enabled() and objective.trains_retriever):
-            queries = self.retriever.embed_in_parts(questions, "query", mini_batch_size=sizes.retriever)
+            with timed("encode"):
+                queries = self.retriever.embed_in_parts(questions, "query", mini_batch_size=sizes.retriever)
             with torch.autocast(queries.device.type, enabled=False):
                 # What is drawn must not depend on the rounding of half-precision scores.
                 retrieved = candidate_fn(queries.detach().float())
-            targets = self.target_vectors(retrieved, queries, mini_batch_size=sizes.retriever)
-            log_prior = self.log_prior(queries, targets, retrieved)
+            with timed("encode"):
+                targets = self.target_vectors(retrieved, queries, mini_batch_size=sizes.retriever)
+                log_prior = self.log_prior(queries, targets, retrieved)
         read = unpad(reader_questions["input_ids"], reader_questions["attention_mask"])
         wanted = unpad(answers["input_ids"], answers["attention_mask"])
-        parts, likelihoods = self._losses(retrieved, log_prior, read, wanted, objective, sizes.generator)
+        with timed("read"):
+            parts, likelihoods = self._losses(retrieved, log_prior, read, wanted, objective, sizes.generator)
         return RetrievalAugmentedOutput(
             loss=parts.loss.mean(),
             retriever_loss=None if parts.retriever is None else parts.retriever.detach().mean(),

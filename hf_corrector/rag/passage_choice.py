@@ -17,6 +17,7 @@ from hf_corrector.rag.rag_arguments import RetrievalAugmentedTrainingArguments
 from hf_corrector.sampling import Candidates, DrawKeys, ExcludedRows, IntArray, draw_uniform, uniform_counts
 from hf_corrector.scans import TargetScan
 from hf_corrector.training.step_fidelity import StepTargets
+from hf_corrector.training.target_choice import check_agreement
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ class PassageChooser:
             step: Optimiser steps done; the draws are keyed by it.
             scale: Inverse temperature β of the softmax they are drawn from.
             cached: Returns vectors of target rows, where targets are not encoded but read.
+
+        Raises:
+            DistributedError: If processes have chosen differently.
         """
         args = self._args
         counts = [len(part) for part in all_gather_rows(query_rows)]
@@ -94,8 +98,9 @@ class PassageChooser:
         sampled = sample_candidates(
             scan, queries, plan, positives=torch.zeros(len(rows), dtype=torch.int64), excluded=nothing, keys=keys
         )
-        mine = slice(sum(counts[: rank()]), sum(counts[: rank() + 1]))
         one = sampled.candidates
+        check_agreement(one.ids[one.mask])
+        mine = slice(sum(counts[: rank()]), sum(counts[: rank() + 1]))
         own = Candidates(
             one.ids[mine], one.scores[mine], one.log_proposal[mine], one.mask[mine], one.uniform[mine]
         )  # fmt: skip

@@ -207,6 +207,7 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
             questions=inputs["questions"], reader_questions=inputs["reader_questions"], answers=inputs["answers"],
             candidate_fn=candidate_fn, objective=self.args.objective_of_step,
             mini_batches=MiniBatches(self.args.mini_batch_size, self.args.generator_mini_batch_size),
+            timed=self.step_log.phase,
         )  # fmt: skip
         self._observe(outputs)
         questions = sum(len(part) for part in all_gather_rows(inputs["query_rows"]))
@@ -236,7 +237,8 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
 
         def encode(rows: np.ndarray) -> torch.Tensor:
             self.cost["probe_target_passes"] += len(rows)
-            return encode_rows(self.encoder, self.tokens, rows, options=encode_options_of(self.args))
+            with self.step_log.phase("encode"):
+                return encode_rows(self.encoder, self.tokens, rows, options=encode_options_of(self.args))
 
         targets, vectors = self._chooser.encoded(choice, fresh, encode)
         live.learn_from(targets, vectors, step=self.state.global_step, log=self.step_log)
@@ -315,7 +317,7 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
             compute_dtype=compute_dtype_of(self.args),
         )  # fmt: skip
 
-        def weigh() -> dict[str, float]:
+        def weigh() -> tuple[dict[str, float], int]:
             found = self.rag.answer_log_likelihoods(texts, first_answers(split), find, options=options)
             tokens = float(found.answer_tokens.sum())
             metrics = {
@@ -326,11 +328,11 @@ class RetrievalAugmentedTrainer(PublishingTrainer):
                 known = positives_as_rows(with_optional_columns(split), self.targets)
                 hits = [bool(set(rows) & set(gold)) for rows, gold in zip(found.rows.tolist(), known, strict=True)]
                 metrics[f"gold_recall@{self.args.num_passages}"] = sum(hits) / len(hits)
-            return metrics
+            return metrics, found.prompts
 
-        metrics = on_main("weighing the evaluation answers", weigh)
+        metrics, prompts = on_main("weighing the evaluation answers", weigh)
         self.cost["query_passes"] += len(texts)
-        self.cost["reader_passes"] += len(texts) * max(1, self.args.num_passages)
+        self.cost["reader_passes"] += prompts
         if self.live_cache is not None:
             # Only a search needs all corrected targets at once, and training has its own way of keeping them.
             self.live_cache.corrected.invalidate()

@@ -120,7 +120,7 @@ class DualEncoderTrainer(PublishingTrainer):
             chosen.append(choice)
             return choice.part
 
-        with step_autocast(args, sharded=self.is_fsdp_enabled):
+        with step_autocast(args, sharded=self.is_fsdp_enabled), self.step_log.phase("encode"):
             outputs = model(
                 queries=inputs["queries"], positives=inputs["positives"] if args.train_targets else None,
                 candidate_fn=candidate_fn, mini_batch_size=args.mini_batch_size,

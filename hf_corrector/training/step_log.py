@@ -27,9 +27,11 @@ class StepLog:
 
     as shares of the time of these steps:
 
-    ``share_sampling``, ``share_corrector``, ``share_refresh``
-        choosing targets; fitting the corrector and looking through it; encoding the cache anew, which comes on top of
-        the steps, so that it may exceed 1.
+    ``share_encode``, ``share_sampling``, ``share_read``, ``share_corrector``, ``share_refresh``
+        encoding queries and targets, forward, with the loss between them; choosing targets, and scoring them anew where
+        they are reranked; reading passages, forward, with the loss of the answers; fitting the corrector and looking
+        through it; encoding the cache anew, which comes on top of the steps, so that it may exceed 1. What is missing
+        to 1 is mostly gradients. An accelerator's work is counted where it is waited for.
 
     and as they are now:
 
@@ -47,6 +49,7 @@ class StepLog:
         self._sums: dict[str, tuple[float, int]] = {}
         self._latest: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
+        self._inside: list[float] = []
         self.total_seconds: dict[str, float] = {}
 
     def observe(self, name: str, value: float, *, count: int = 1) -> None:
@@ -60,12 +63,17 @@ class StepLog:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time what happens inside, in seconds of wall clock."""
+        """Time what happens inside, in seconds of wall clock, without the phases in it; ``step`` is timed whole."""
         start = time.perf_counter()
+        self._inside.append(0.0)
         try:
             yield
         finally:
             spent = time.perf_counter() - start
+            others = self._inside.pop()
+            if self._inside:
+                self._inside[-1] += spent
+            spent -= 0.0 if name == "step" else others
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
             self.total_seconds[name] = self.total_seconds.get(name, 0.0) + spent
 

@@ -129,7 +129,7 @@ class TargetChooser:
             candidates, self._given(query_rows, positives, excluded), share_negatives=self._args.share_negatives,
             too_good=too_good,
         )  # fmt: skip
-        _check_agreement(contrast.rows)
+        check_agreement(contrast.rows)
         part = self._part_of(contrast, counts, None if cached is None else cached(contrast.rows))
         return Choice(contrast, queries, excluded, sampled, part)
 
@@ -168,13 +168,13 @@ class TargetChooser:
         )  # fmt: skip
 
 
-def _check_agreement(rows: torch.Tensor) -> None:
+def check_agreement(rows: torch.Tensor) -> None:
     """Refuse to go on where processes have chosen different targets: their gradients would not belong together.
 
     Raises:
         DistributedError: If one has, as processors that round differently may.
     """
-    found = [int(one) for one in all_gather_rows(torch.tensor([zlib.crc32(rows.numpy().tobytes())]))]
+    found = [int(one) for one in all_gather_rows(torch.tensor([zlib.crc32(rows.cpu().numpy().tobytes())]))]
     if len(set(found)) > 1:
         raise DistributedError(
             f"rank {rank()} of {world_size()}, choosing targets", expected="the same targets on every process",

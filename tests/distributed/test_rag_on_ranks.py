@@ -60,6 +60,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "objective": "leave_one_out", "generator_mini_batch_size": 3, "mini_batch_size": 2,
         "gradient_accumulation_steps": 2, "max_steps": 2,
     },
+    "emdr2, refreshed": {"objective": "emdr2", "staleness": "refresh", "refresh_steps": "2"},
+    "distilled": {"objective": "perplexity_distillation", "max_steps": 2},
     "reader alone": {"objective": "generator_only"},
 }  # fmt: skip
 
@@ -83,6 +85,24 @@ def test_two_processes_train_as_one(tiny_encoder: str, tmp_path: Path, name: str
             if "corrector" not in key:
                 assert torch.allclose(found["weights"][key], expected, atol=2e-4, rtol=1e-3), key
             assert torch.equal(found["weights"][key], results[0]["weights"][key]), key
+
+
+def test_two_processes_in_bfloat16_take_the_step_of_one(tiny_encoder: str, tmp_path: Path) -> None:
+    changes = {"bf16": True, "max_steps": 1}
+    (whole,) = run_on_ranks(train, 1, tiny_encoder, tmp_path / "whole", {"max_steps": 1}, timeout=180)
+    (alone,) = run_on_ranks(train, 1, tiny_encoder, tmp_path / "1", changes, timeout=180)
+    results = run_on_ranks(train, 2, tiny_encoder, tmp_path / "2", changes, timeout=180)
+    for name in ("losses", "likelihoods"):
+        assert alone[name] != whole[name]
+        for reference in (alone, whole):
+            assert results[0][name] == pytest.approx(reference[name], rel=0.02)
+    assert all(torch.equal(one, results[1]["weights"][key]) for key, one in results[0]["weights"].items())
+    before, stepped, apart = rag_of(tiny_encoder, "gpt2", learn_scale=True).state_dict(), 0.0, 0.0
+    for key, one in before.items():
+        stepped += float((alone["weights"][key] - one).square().sum())
+        apart += float((results[0]["weights"][key] - alone["weights"][key]).square().sum())
+    # Squares: the two steps differ by a tenth of their length at most.
+    assert 0 < apart < 0.01 * stepped
 
 
 def test_a_resumed_run_of_two_processes_equals_the_uninterrupted_one_bit_for_bit(
