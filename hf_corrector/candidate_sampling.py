@@ -70,11 +70,14 @@ class Sampled:
         candidates: The negatives; places that could not be filled are masked.
         log_normalizer: Of the softmax they were drawn from, ``(batch,)`` float64, or None where there was none.
         excluded: What could not be drawn, ceilings of scores included.
+        too_good: Says which targets, rows ``(n,)``, score above each query's ceiling, ``(batch, n)`` bool, so that it
+            must not share them either; None without a ceiling.
     """
 
     candidates: Candidates
     log_normalizer: torch.Tensor | None
     excluded: ExcludedRows
+    too_good: TooGood | None
 
 
 @torch.no_grad()
@@ -95,6 +98,7 @@ def sample_candidates(
     queries = queries.detach().float().to(scan.device)
     k, draws = plan.num_negatives, None
     excluded = _below_ceiling(scan, queries, plan.negative_filter, positives=positives, excluded=excluded, keys=keys)
+    too_good = _above_ceiling(scan, queries, excluded)
     hard = torch.full((len(queries), 0), -1, dtype=torch.int64)
     if plan.negatives == "softmax":
         draws = scan.draw(queries, k, scale=plan.scale, excluded=excluded, keys=keys)
@@ -106,7 +110,7 @@ def sample_candidates(
     scores = scan.score(queries, ids.clamp(min=0))
     if draws is None:
         found = _candidates(ids, is_uniform, scores, plan, num_targets=len(scan), excluded=excluded)
-        return Sampled(found, None, excluded)
+        return Sampled(found, None, excluded, too_good)
     # Drawn ones with the score they were drawn by, which may be rounded or a few steps old.
     drawn = (~is_uniform & (ids >= 0)).to(scores.device)
     scores = torch.where(drawn, draws.scores[:, : ids.shape[1]], scores)
@@ -114,7 +118,7 @@ def sample_candidates(
     rate = torch.exp(_log_uniform_rate(plan, len(scan), excluded).to(scores.device))
     expected = plan.hard_share * _chances(scores, draws.log_normalizer, plan.scale) + rate[:, None]
     log_proposal = torch.log(expected).clamp(min=-80.0).float()
-    return Sampled(replace(found, log_proposal=log_proposal), draws.log_normalizer, excluded)
+    return Sampled(replace(found, log_proposal=log_proposal), draws.log_normalizer, excluded, too_good)
 
 
 def _chances(scores: torch.Tensor, log_normalizer: torch.Tensor, scale: float) -> torch.Tensor:
@@ -179,6 +183,19 @@ def _below_ceiling(
         limit = skipped if excluded.ceiling is None else torch.minimum(skipped, excluded.ceiling)
         excluded = excluded.below(limit)
     return excluded
+
+
+def _above_ceiling(scan: TargetScan, queries: torch.Tensor, excluded: ExcludedRows) -> TooGood | None:
+    """Return what finds the targets above each query's ceiling by the scan's scores, or None without one."""
+    ceiling = excluded.ceiling
+    if ceiling is None:
+        return None
+
+    def too_good(rows: IntArray) -> npt.NDArray[np.bool_]:
+        scores = scan.score(queries, torch.from_numpy(rows).expand(len(queries), -1))
+        return np.asarray((scores > ceiling[:, None]).cpu().numpy())
+
+    return too_good
 
 
 def _lowest_positive(
@@ -279,25 +296,6 @@ class ContrastSet:
     teacher_scores: torch.Tensor | None = None
 
 
-def too_good_to_share(scan: TargetScan, queries: torch.Tensor, sampled: Sampled) -> TooGood | None:
-    """Return what finds targets that a query must not share, as they score above its own ceiling; None without one.
-
-    Args:
-        scan: All targets as the sampler saw them.
-        queries: Query embeddings, ``(batch, dim)``.
-        sampled: What was sampled for them.
-    """
-    if sampled.excluded.ceiling is None:
-        return None
-    queries, ceiling = queries.detach().float().to(scan.device), sampled.excluded.ceiling
-
-    def too_good(rows: IntArray) -> npt.NDArray[np.bool_]:
-        scores = scan.score(queries, torch.from_numpy(rows).expand(len(queries), -1))
-        return np.asarray((scores > ceiling[:, None]).cpu().numpy())
-
-    return too_good
-
-
 def contrast_set(
     candidates: Candidates | None, given: GivenTargets, *, share_negatives: bool, too_good: TooGood | None = None
 ) -> ContrastSet:
@@ -308,8 +306,8 @@ def contrast_set(
         given: What the data say.
         share_negatives: Contrast each query with every column (the usual in-batch negatives, sampled ones included),
             or only with the targets sampled or given for it.
-        too_good: Says which targets no query shares, for rows ``(columns,)`` as ``(batch, columns)`` bool; see
-            :func:`too_good_to_share`. Given negatives are kept whatever they score.
+        too_good: Says which targets a query must not share, see :class:`Sampled`. Given negatives are kept whatever
+            they score.
     """
     positives, batch = given.positives.cpu().numpy(), len(given.positives)
     ids = np.zeros((batch, 0), dtype=np.int64) if candidates is None else candidates.ids.cpu().numpy()

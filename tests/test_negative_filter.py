@@ -11,14 +11,7 @@ from datasets import Dataset
 from scipy.stats import chisquare
 from torch.nn import functional as F
 
-from hf_corrector.candidate_sampling import (
-    GivenTargets,
-    Sampled,
-    SamplingPlan,
-    contrast_set,
-    sample_candidates,
-    too_good_to_share,
-)
+from hf_corrector.candidate_sampling import GivenTargets, Sampled, SamplingPlan, contrast_set, sample_candidates
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.errors import ConfigurationError
 from hf_corrector.index.base import TensorVectors
@@ -131,12 +124,9 @@ def test_uniform_draws_are_found_even_where_few_targets_are_allowed() -> None:
 def test_no_query_shares_what_it_may_not_draw(wanted: NegativeFilter) -> None:
     sampled, allowed = sample(wanted, "softmax", 0.25, k=4), allowed_by(wanted)
     own = torch.tensor([known[0] for known in POSITIVES])
-    scan = BlockScan(CorrectedTargets(TensorVectors(VECTORS)), ScanPlan())
     given_row = int((QUERIES[0] @ VECTORS.T).argmax())
     given = GivenTargets(own, ExcludedRows(POSITIVES), negatives=[[given_row], *([[]] * (BATCH - 1))])
-    found = contrast_set(
-        sampled.candidates, given, share_negatives=True, too_good=too_good_to_share(scan, QUERIES, sampled)
-    )
+    found = contrast_set(sampled.candidates, given, share_negatives=True, too_good=sampled.too_good)
     columns, shared = found.rows, found.allowed.clone()
     shared[torch.arange(BATCH), torch.arange(BATCH)] = False
     assert shared[0, (columns == given_row).nonzero()[0, 0]], "given negatives are kept"

@@ -32,14 +32,7 @@ from hf_corrector._extras import need_sentence_transformers
 from hf_corrector._files import atomic_write
 from hf_corrector.cache.manifest import MANIFEST_FILE
 from hf_corrector.cache.target_cache import TargetCache
-from hf_corrector.candidate_sampling import (
-    ContrastSet,
-    GivenTargets,
-    SamplingPlan,
-    contrast_set,
-    sample_candidates,
-    too_good_to_share,
-)
+from hf_corrector.candidate_sampling import ContrastSet, GivenTargets, SamplingPlan, contrast_set, sample_candidates
 from hf_corrector.corrected_targets import CorrectedTargets
 from hf_corrector.data.retrieval import column, positives_as_rows
 from hf_corrector.errors import CheckpointError, ConfigurationError, DataError
@@ -256,18 +249,13 @@ class CorrectedNegativesLoss(nn.Module):
         positives = torch.tensor([known[0] for known in rows])
         excluded = ExcludedRows(rows)
         keys = DrawKeys(self.options.sampling.seed, self.step, np.arange(len(rows)))
-        view = self._view(queries.device)
         sampled = sample_candidates(
-            view,
-            queries,
-            self.options.sampling,
-            positives=positives,
-            excluded=excluded,
+            self._view(queries.device), queries, self.options.sampling, positives=positives, excluded=excluded,
             keys=keys,
-        )
+        )  # fmt: skip
         return contrast_set(
             sampled.candidates, GivenTargets(positives, excluded), share_negatives=self.options.share_negatives,
-            too_good=too_good_to_share(view, queries, sampled),
+            too_good=sampled.too_good,
         )  # fmt: skip
 
     def _view(self, device: torch.device) -> TargetScan:

@@ -20,7 +20,6 @@ from hf_corrector.candidate_sampling import (
     contrast_set,
     sample_candidates,
     sample_uniformly,
-    too_good_to_share,
 )
 from hf_corrector.data.tokens import TokenStore
 from hf_corrector.errors import DistributedError
@@ -124,7 +123,7 @@ class TargetChooser:
             candidates = sample_uniformly(len(self._tokens), by_chance, excluded=excluded, keys=keys)
         elif self._plan is not None and scan is not None:
             sampled = sample_candidates(scan, queries, self._plan, positives=positives, excluded=excluded, keys=keys)
-            candidates, too_good = sampled.candidates, too_good_to_share(scan, queries, sampled)
+            candidates, too_good = sampled.candidates, sampled.too_good
         contrast = contrast_set(
             candidates, self._given(query_rows, positives, excluded), share_negatives=self._args.share_negatives,
             too_good=too_good,
