@@ -97,6 +97,21 @@ def test_an_adapter_that_could_not_be_trained_further_is_refused_before_any_targ
     assert not (tmp_path / "out" / "cache").exists() and not (tmp_path / "out" / "tokens").exists()
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "error"),
+    [("true", "a complete checkpoint"), ("{}/checkpoint-4", "COMPLETE"), ("{}/nowhere", "got no folder")],
+)
+def test_that_there_is_no_checkpoint_is_said_before_any_target_is_encoded(
+    folder: Path, tiny_encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: str, error: str
+) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    command = ["train", "--data", str(folder), "--model", tiny_encoder, "--staleness", "corrector", "--max_steps", "1"]
+    command += ["--output_dir", str(tmp_path), "--report_to", "none", "--disable_tqdm", "true"]
+    assert main([*command, "--resume_from_checkpoint", checkpoint.format(tmp_path)]) == 1
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "tokens").exists()
+
+
 def test_a_run_that_was_cut_off_goes_on_from_its_last_checkpoint(
     folder: Path, tiny_encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

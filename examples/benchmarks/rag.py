@@ -120,6 +120,11 @@ def main() -> None:
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags.add_argument("--conditions", nargs="+", choices=list(CONDITIONS), default=list(CONDITIONS))
     arguments = flags.parse_args()
+    if arguments.reader_steps < 1 or arguments.gap_steps < 0:
+        flags.error(
+            f"--reader_steps, --gap_steps: expected at least 1 and 0, got {arguments.reader_steps} and "
+            f"{arguments.gap_steps}"
+        )
     print_head("retrieval-augmented fine-tuning on a stale index", arguments)
     data = load(arguments)
     regime = f"{arguments.steps}-steps-at-{arguments.learning_rate}-{arguments.passages}-passages-{arguments.objective}"

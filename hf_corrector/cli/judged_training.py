@@ -35,11 +35,11 @@ def train_and_record(
         What was measured.
 
     Raises:
-        HFCorrectorError: If something does not fit. Arguments and data have been checked when the trainer was made,
-            and adapters are here, before any work. A cache of another encoder is found out before targets are encoded;
-            that there is no checkpoint to resume from, or one of another run, after that and before training.
+        HFCorrectorError: If something does not fit. Arguments and data have been checked when the trainer was made;
+            adapters, and the checkpoint to resume from, are here, before any work. A cache of another encoder is found
+            out before targets are encoded.
     """
-    trainer.check_adapters()
+    trainer.check_start(trainer.args.resume_from_checkpoint)
     prepared = time.time()
     trainer.prepare()
     measured = 0

@@ -91,6 +91,11 @@ def check_complete(folder: Path, *, sharded: bool, processes: int) -> None:
         CheckpointError: If it was not written to its end, lacks a file, or was saved without the optimiser's state.
     """
     marker = folder / COMPLETE_MARKER
+    if not folder.is_dir():
+        raise CheckpointError(
+            str(folder), expected="the folder of a checkpoint", got="no folder",
+            cure="Correct the path, or say True for the newest one in output_dir.",
+        )  # fmt: skip
     if not marker.exists():
         raise CheckpointError(
             str(folder), expected=f"the file {COMPLETE_MARKER}, written last", got="none",

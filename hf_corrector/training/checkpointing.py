@@ -84,8 +84,30 @@ class CheckpointingTrainer(Trainer):
             ConfigurationError: If the model is an adapter that could not be loaded again, or ``output_dir`` holds whole
                 models where adapters are to be written, or the other way round.
         """
-        self._check_adapter()
+        folder = self.check_start(resume_from_checkpoint)
         self._unlogged = None
+        if folder is not None and self.is_fsdp_enabled:
+            self._load_before_sharding(folder)
+        with naming_failures(lambda: f"training after step {self.state.global_step}"):
+            return super().train(folder, *args, **kwargs)
+
+    def check_start(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
+        """Find out before any work whether :meth:`train` could start, as it does itself.
+
+        Args:
+            resume_from_checkpoint: As for :meth:`train`.
+
+        Returns:
+            The folder of the checkpoint to go on from, or None.
+
+        Raises:
+            CheckpointError: As :meth:`train`.
+            ConfigurationError: As :meth:`train`.
+        """
+        self._check_adapter()
+        if not resume_from_checkpoint:
+            return None
+        folder = Path(str(resume_from_checkpoint))
         if str(resume_from_checkpoint).lower() == "true":
             newest = newest_complete_checkpoint(Path(str(self.args.output_dir)))
             if newest is None:
@@ -93,13 +115,9 @@ class CheckpointingTrainer(Trainer):
                     str(self.args.output_dir), expected="a complete checkpoint", got="none",
                     cure="Train without resume_from_checkpoint.",
                 )  # fmt: skip
-            resume_from_checkpoint = str(newest)
-        if resume_from_checkpoint:
-            self._check_checkpoint(Path(str(resume_from_checkpoint)))
-            if self.is_fsdp_enabled:
-                self._load_before_sharding(str(resume_from_checkpoint))
-        with naming_failures(lambda: f"training after step {self.state.global_step}"):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            folder = newest
+        self._check_checkpoint(folder)
+        return str(folder)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
