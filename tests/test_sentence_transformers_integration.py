@@ -29,6 +29,7 @@ from hf_corrector.integrations.sentence_transformers import (
 )
 from hf_corrector.models import CorrectorModel
 from hf_corrector.records import FittedTargets
+from hf_corrector.sampling import NegativeFilter
 from hf_corrector.scans import ScanPlan
 from hf_corrector.training.corrector_fit import CorrectorFitting
 
@@ -153,6 +154,19 @@ def test_known_positives_are_never_negatives(tiny_encoder: str, data: RetrievalD
     for number, rows in enumerate(known):
         used = set(contrast.rows[contrast.allowed[number]].tolist())
         assert used & set(rows) == {rows[0]} and len(used) == 6
+
+
+def test_filters_hold_for_shared_negatives_too(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
+    known, highest = [[0], [7, 9], [20]], []
+    for limit in (None, 0.9):
+        plan = SamplingPlan("top_k", 5, 0.0, 20.0, 0, NegativeFilter(max_score=limit))
+        _, loss = trainer_of(tiny_encoder, data, tmp_path / str(limit), NegativesOptions(sampling=plan))
+        queries = loss.cache.gather(torch.tensor([one[0] for one in known]))
+        contrast = loss._choose(queries, known)
+        allowed = contrast.allowed.clone()
+        allowed[torch.arange(3), torch.arange(3)] = False
+        highest.append(float((queries @ loss.cache.gather(contrast.rows).T)[allowed].max()))
+    assert highest[1] <= 0.9 + 1e-6 < highest[0]
 
 
 def test_prompt_of_targets_is_that_of_the_cache(tiny_encoder: str, data: RetrievalData, tmp_path: Path) -> None:
